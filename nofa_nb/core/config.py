@@ -14,7 +14,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from .errors import InputError, need
 
-# %% ../../nbs/core/config.ipynb #aec57681
+# %% ../../nbs/core/config.ipynb #012cf366
 Seeds = tuple[int, int] # first, and one past the last
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class WorldConfig:
     views:int         = 16           # per identity, over which its baking is spread
     yaw:float         = 60.          # degrees to either side; ours, wider than FFHQ's poses
     pitch:float       = 25.          # degrees up and down; ours
-    identities:int    = 100          # components of the identity basis: 0.3-0.4 mm mean error on held-out heads
+    identities:int    = 100          # components of the identity basis; world.head_asset measures what they leave over
     expressions:int   = 52           # face units, ARKit's names
-    appearances:int   = 33           # continuous numbers of skin, hair, eyes, light
+    appearances:int   = 46           # continuous numbers: 34 of the look, 12 of light and background
     train:Seeds       = (0, 1_000_000)
     validation:Seeds  = (1_000_000, 1_010_000)
     test:Seeds        = (2_000_000, 2_010_000)
@@ -152,7 +152,7 @@ class Readings:
     boxes:Literal["points", "hull"] = "points"                 # 11: from five points, or the hull of dense landmarks
     batch:Literal["global", "per_gpu"] = "global"              # 14: what "batch 4 on 4 GPUs" counts
 
-# %% ../../nbs/core/config.ipynb #f7ae9519
+# %% ../../nbs/core/config.ipynb #fdae887c
 @dataclass(frozen=True)
 class Preset:
     "All sizes of one scale."
@@ -171,7 +171,7 @@ _WORLD_FACE = dict(identity_dim=100, expression_dim=52) # the world's own face m
 
 _SMOKE = Preset("smoke", # sizes chosen here: as small as runs every line of the code
     WorldConfig(resolution=32, texture=64, views=2),
-    generator=GeneratorConfig(z_dim=185, w_dim=32, label_dim=0, # z is the world's code: 100 + 33 + 52 numbers
+    generator=GeneratorConfig(z_dim=198, w_dim=32, label_dim=0, # z is the world's code: 100 + 46 + 52 numbers
         plane_resolution=32, plane_channels=8, channels=(32, 24, 16), # 8 to 32 px
         decoder_width=16, raw_channels=3, raw_resolution=16, image_resolution=32, super_resolution="2X", # so that it is run
         depth_coarse=6, depth_fine=2),
@@ -180,7 +180,7 @@ _SMOKE = Preset("smoke", # sizes chosen here: as small as runs every line of the
 
 _SMALL = Preset("small", # the recipe: a prior of this size, trained on two CPU cores for 15 minutes, reached 30 dB
     WorldConfig(resolution=64, texture=128), # the recipe
-    generator=GeneratorConfig(z_dim=185, w_dim=128, label_dim=0, # the recipe: z is the world's code; w chosen here
+    generator=GeneratorConfig(z_dim=198, w_dim=128, label_dim=0, # the recipe: z is the world's code; w chosen here
         plane_resolution=64, plane_channels=16, channels=(192, 128, 96, 64), # the recipe: 8 to 64 px
         decoder_width=32, decoder_layers=2, raw_channels=3, # the recipe: 16-32-32-4
         raw_resolution=64, image_resolution=64, super_resolution="none", # the recipe
@@ -190,7 +190,7 @@ _SMALL = Preset("small", # the recipe: a prior of this size, trained on two CPU 
 
 _BASE = Preset("base", # sizes chosen here, between `small` and EG3D
     WorldConfig(resolution=128, texture=256),
-    generator=GeneratorConfig(z_dim=185, w_dim=256, label_dim=0, # z is the world's code
+    generator=GeneratorConfig(z_dim=198, w_dim=256, label_dim=0, # z is the world's code
         plane_resolution=128, plane_channels=32, channels=(256, 256, 256, 192, 128, 96), # 4 to 128 px
         raw_channels=16, raw_resolution=64, image_resolution=128, super_resolution="2X", # EG3D's module from 64 to 128 px
         depth_coarse=24, depth_fine=24), # half of EG3D's

@@ -95,7 +95,7 @@ def look_rotation(
     x = F.normalize(side, dim=-1)
     return torch.stack([x, torch.linalg.cross(z, x), z], dim=-1)
 
-# %% ../../nbs/geometry/cameras.ipynb #6c015625
+# %% ../../nbs/geometry/cameras.ipynb #3b1c8dd8
 def intrinsic_matrix(
     focal:Float[Tensor, "b"],   # in units of the image width
 )->Float[Tensor, "b 3 3"]:
@@ -104,7 +104,7 @@ def intrinsic_matrix(
     zero, one = torch.zeros_like(focal), torch.ones_like(focal)
     return torch.stack([focal, zero, one / 2, zero, focal, one / 2, zero, zero, one], -1).reshape(-1, 3, 3)
 
-# %% ../../nbs/geometry/cameras.ipynb #d0b83dba
+# %% ../../nbs/geometry/cameras.ipynb #5dce37cb
 def orbit_position(
     yaw:Float[Tensor, "b"],    # radians, >0: to +x
     pitch:Float[Tensor, "b"],  # radians, >0: up
@@ -114,7 +114,7 @@ def orbit_position(
     level = radius * pitch.cos()
     return torch.stack([level * yaw.sin(), radius * pitch.sin(), level * yaw.cos()], -1)
 
-# %% ../../nbs/geometry/cameras.ipynb #bdad3581
+# %% ../../nbs/geometry/cameras.ipynb #37c8f17e
 def eg3d_pitch(
     offset:Float[Tensor, "b"],  # vertical mean minus pi/2, as given to EG3D's sampler; -pi/2 to pi/2
 )->Float[Tensor, "b"]:          # our pitch, radians
@@ -123,7 +123,7 @@ def eg3d_pitch(
     need(bool((offset.abs() <= limit).all()), "pitch_offset", "between -pi/2 and pi/2", offset.abs().max().item())
     return torch.asin(-offset / limit)
 
-# %% ../../nbs/geometry/cameras.ipynb #420ec397
+# %% ../../nbs/geometry/cameras.ipynb #90ba3bb1
 POSE_SCALE = 0.27                  # from units of 100 mm to EG3D's
 POSE_OFFSET = (0.0, 0.006, 0.161)  # added by EG3D's preprocessing
 POSE_DISTANCE = 10.0               # of Deep3DFaceRecon's camera
@@ -149,7 +149,7 @@ def pose_angles(
     yaw = torch.atan2(-r[:, 2, 0], torch.hypot(r[:, 2, 1], r[:, 2, 2]))
     return torch.stack([torch.atan2(r[:, 2, 1], r[:, 2, 2]), yaw, torch.atan2(r[:, 1, 0], r[:, 0, 0])], -1)
 
-# %% ../../nbs/geometry/cameras.ipynb #fa901c09
+# %% ../../nbs/geometry/cameras.ipynb #fc41c7ba
 @dataclass(frozen=True, eq=False)
 class Camera:
     "A batch of pinhole cameras in EG3D's conventions."

@@ -36,7 +36,7 @@ def squash(
     "A smooth, monotone map of the real line into (low, high): the normal distribution function."
     return low + (high - low)*.5*(1 + torch.erf(x/math.sqrt(2)))
 
-# %% ../../nbs/world/appearance.ipynb #7f0e9f7e
+# %% ../../nbs/world/appearance.ipynb #49ce03a0
 @dataclass(frozen=True)
 class Look:
     "Physical quantities of one look; each field is a scalar tensor, 0 .. 1 unless it says otherwise."
@@ -80,7 +80,7 @@ def decode_look(
     q |= dict(melanin=dark, freckles=squash(n['freckles'] - 1.2 - 2*dark), wrinkles=squash(.6*n['wrinkles'] + 1.6*old - .6),
               lipstick=squash(n['lipstick'] - 1 - 1.2*male), eye_shadow=squash(n['eye_shadow'] - 1.1 - 1.2*male),
               blush=squash(n['blush'] - .6 - .6*male), brow_thick=squash(.8*n['brow_thick'] + .35*male),
-              iris_hue=squash(n['iris_hue'] - .3 - 3.2*not_fair), hair_dark=squash(.9*n['hair_dark'] + 1.9*not_fair - .75),
+              iris_hue=squash(n['iris_hue'] - .3 - 3.2*not_fair), hair_dark=squash(.9*n['hair_dark'] + 2.5*not_fair - .9),
               hair_red=squash(n['hair_red'] - 1.2 - 2*not_fair), grey=squash(n['grey'] + 2.*old - 2.3),
               curl=squash(.8*n['curl'] + 2.*p['african'] - 1.*p['asian'] - 1.), hairline=squash(n['hairline'] + .7*male + old - 1.2),
               parting=squash(n['parting'], -1., 1.), tied=squash(2*n['tied'] - 1.6 - male),
@@ -263,7 +263,7 @@ def canvas_features(
               blemish=smooth(fractal_noise(p, 38., 1, 5), .62, .75))
     return f
 
-# %% ../../nbs/world/appearance.ipynb #ed312b0c
+# %% ../../nbs/world/appearance.ipynb #6fe00266
 EYE_RADIUS = .0262   # of the eyeball, world units
 IRIS_ANGLE = .50     # sine of the iris' half opening
 
@@ -299,7 +299,7 @@ def _bake_face(look, f):
     liner = .16 + .6*look.eye_shadow
     colour = _mix(colour, torch.tensor([.02, .014, .012]), f['lash_line']*liner)
     cover = smooth(f['above'] - .055*look.hairline*(1 + f['mottle']*.3) + .012*f['stubble'], -.004, .022)
-    cut = .35 + .6*smooth(look.hair_length, .012, .05)
+    cut = .72 + .26*smooth(look.hair_length, .012, .05)
     cover = cover*torch.where(look.hair_length > 0, cut, torch.zeros(()))
     colour = _mix(colour, hair*.45*(1 + .35*f['stubble'][..., None]), cover)
     gloss = (.25 + .75*look.shine)*(.5 + .3*f['nose'] + .15*f['cheek'])*(1 - .8*cover) + f['lips']*(.25 + .5*look.lipstick)

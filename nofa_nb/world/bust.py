@@ -189,7 +189,7 @@ def head_normals(
     x, y, z = pad(x), pad(y), pad(z)
     return torch.stack([x, y, z], -1)*torch.rsqrt(x*x + y*y + z*z + 1e-24)[:, None]
 
-# %% ../../nbs/world/bust.ipynb #2a3a8189
+# %% ../../nbs/world/bust.ipynb #48ec0f73
 def _hair_tint(look, ribbons):
     scalp, beard = roots()
     chance = torch.cat([scalp.chance, beard.chance])[ribbons.root]
@@ -225,7 +225,7 @@ def dress(
     n, flat = len(bare), torch.tensor([.75, 1 + STRIP/2, 0.])
     inside = torch.cat([head.in_region(r) for r in ('mouth', 'teeth', 'tongue')])
     depth_in = smooth(head.model.mean[inside, 2], .15, .275) # light inside an open mouth; the baked mouth is closed
-    ambient[inside], lit[0, inside] = .10 + .62*depth_in, .05 + .55*depth_in
+    ambient[inside], lit[0, inside] = .14 + .74*depth_in, .08 + .72*depth_in
     shadow = lit[0][:, None]**torch.tensor([.8, 1., 1.05])
     strand_gloss = .30 + .35*look.shine
     tint = torch.cat([tint, _hair_tint(look, ribbons), worn.colour])

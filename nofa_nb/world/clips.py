@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FPS', 'SPLITS', 'MANIFESTS', 'texels', 'render_clip', 'clip', 'write_clip', 'ClipFrames', 'clip_frames', 'ClipSet',
-           'TestClip', 'TestSource', 'Manifest', 'clip_motion', 'beta_hash', 'open_eyed', 'source_view',
+           'ClipEntry', 'SourceEntry', 'Manifest', 'clip_motion', 'beta_hash', 'open_eyed', 'source_view',
            'build_manifests', 'write_manifests', 'load_manifest']
 
-# %% ../../nbs/world/clips.ipynb #795e6a82
+# %% ../../nbs/world/clips.ipynb #21db52de
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from .bust import Bust, Person, dress, sample_person
 from .portraits import Views, render
 from .speech import sentences
 
-# %% ../../nbs/world/clips.ipynb #d6ca997f
+# %% ../../nbs/world/clips.ipynb #6752da18
 FPS = 25.0 # frames per second of all clips, as in the paper's videos
 
 def texels(
@@ -56,8 +57,19 @@ def _person(person:int|Person)->Person:
     return sample_person(int(person))
 
 def _frames(person:Person, motion:Motion, size:int, backend:str)->Iterator[Views]:
-    bust = dress(person, texels(size))
-    for i in range(len(motion)): yield render(bust, motion.beta[i:i + 1], motion.camera[i], size, backend)
+    with _one_thread(): bust = dress(person, texels(size))
+    for i in range(len(motion)):
+        with _one_thread(): views = render(bust, motion.beta[i:i + 1], motion.camera[i], size, backend)
+        yield views
+        del views # before the next one is made
+
+@contextmanager
+def _one_thread():
+    "A frame is many small steps: on a busy machine threads that wait for each other make it slower, not faster."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
 
 # %% ../../nbs/world/clips.ipynb #b0cab312
 def clip(
@@ -86,7 +98,7 @@ def write_clip(
         for views in tqdm(frames, Path(out).name, len(motion), unit="frame", delay=2, disable=None): film.write(views.rgb[0])
     return Path(out)
 
-# %% ../../nbs/world/clips.ipynb #3ae8830e
+# %% ../../nbs/world/clips.ipynb #3b6fa6b8
 @dataclass(frozen=True, eq=False)
 class ClipFrames:
     "Frames of one clip with their labels."
@@ -112,14 +124,15 @@ def clip_frames(
 )->ClipFrames:
     "All frames of a motion as one set of tensors."
     need(isinstance(size, int) and size >= 16, "size", "at least 16 pixels, a whole number", size)
-    bust = dress(_person(identity), texels(size)) if bust is None else bust
-    views = [render(bust, motion.beta[i:i + 1], motion.camera[i], size) for i in range(len(motion))]
+    with _one_thread():
+        bust = dress(_person(identity), texels(size)) if bust is None else bust
+        views = [render(bust, motion.beta[i:i + 1], motion.camera[i], size) for i in range(len(motion))]
     join = lambda name: torch.cat([getattr(v, name) for v in views])
     bytes_ = lambda name: torch.cat([(getattr(v, name)*255).round().to(torch.uint8) for v in views])
     return ClipFrames(bytes_("rgb"), bytes_("mask"), motion.beta, motion.camera.label, join("landmarks"), join("visible"),
                       bust.person.code, identity, motion.seed, first)
 
-# %% ../../nbs/world/clips.ipynb #70d0cf28
+# %% ../../nbs/world/clips.ipynb #6108519a
 SPLITS = {name: getattr(WorldConfig, name) for name in ("train", "validation", "test")} # seeds, first and one past the last
 
 class ClipSet(IterableDataset):
@@ -153,14 +166,14 @@ class ClipSet(IterableDataset):
         worker = get_worker_info()
         mine = self.identities if worker is None else self.identities[worker.id::worker.num_workers]
         for identity in mine:
-            bust = dress(sample_person(identity), texels(self.size))
+            with _one_thread(): bust = dress(sample_person(identity), texels(self.size))
             for seed, first in self.motions(identity):
                 motion = sample_motion(seed, (first + self.frames)/FPS, FPS, engine="builtin")
                 yield clip_frames(identity, motion[first:], self.size, bust, first)
 
-# %% ../../nbs/world/clips.ipynb #a3f7b353
+# %% ../../nbs/world/clips.ipynb #a64d548a
 @dataclass(frozen=True)
-class TestClip:
+class ClipEntry:
     "A clip of the test: who, how, what is said."
     identity:int   # seed of the person
     motion:int     # seed of the motion
@@ -170,7 +183,7 @@ class TestClip:
     beta:str       # SHA-256 of the expressions as whole millionths, its first 16 digits
 
 @dataclass(frozen=True)
-class TestSource:
+class SourceEntry:
     "A source picture of the cross-reenactment test."
     identity:int   # seed of the person
     view:int       # seed of the expression
@@ -182,7 +195,7 @@ class TestSource:
 class Manifest:
     "A fixed list of test clips."
     name:str
-    entries:tuple[TestClip, ...]|tuple[TestSource, ...]
+    entries:tuple[ClipEntry, ...]|tuple[SourceEntry, ...]
     seed:int=0     # that it was drawn with
 
     @property
@@ -198,9 +211,9 @@ class Manifest:
 
 MANIFESTS = dict(self=40, cross=200, audio=20) # entries
 
-# %% ../../nbs/world/clips.ipynb #b14513b1
+# %% ../../nbs/world/clips.ipynb #a88d0679
 def clip_motion(
-    entry:TestClip,
+    entry:ClipEntry,
 )->Motion:
     "The motion of a test clip."
     motion = sample_motion(entry.motion, entry.frames/FPS, FPS, entry.text, "builtin")
@@ -221,28 +234,28 @@ def open_eyed(motion:Motion)->int:
     return int(_open(motion.beta).float().argmax())
 
 def source_view(
-    entry:TestClip|TestSource,
+    entry:ClipEntry|SourceEntry,
     size:int=128, # pixels, square
 )->Views:
     "The source picture of an entry, one view."
-    if isinstance(entry, TestClip):
+    if isinstance(entry, ClipEntry):
         motion = clip_motion(entry)[entry.source:entry.source + 1]
         beta, camera = motion.beta, motion.camera
     else: beta, camera = sample_expression(entry.view), Camera.orbit(*np.radians([entry.yaw, entry.pitch]).tolist())
-    return render(dress(sample_person(entry.identity), texels(size)), beta, camera, size)
+    with _one_thread(): return render(dress(sample_person(entry.identity), texels(size)), beta, camera, size)
 
-# %% ../../nbs/world/clips.ipynb #eba67fe9
+# %% ../../nbs/world/clips.ipynb #02801ef6
 def _test_seeds(seed:int, name:str, n:int, distinct:bool=False)->list[int]:
     "Seeds of the test range."
     low, high = WorldConfig.test
     random = rng(seed, "manifest", name)
     return (low + (random.permutation(high - low)[:n] if distinct else random.integers(0, high - low, n))).tolist()
 
-def _test_clip(identity:int, motion_seed:int, seconds:float|None)->TestClip:
+def _test_clip(identity:int, motion_seed:int, seconds:float|None)->ClipEntry:
     "One clip; without seconds, of one whole sentence."
     text = sentences(motion_seed)[0] if seconds is None else None
     motion = sample_motion(motion_seed, seconds, FPS, text, "builtin")
-    return TestClip(identity, motion_seed, motion.text, len(motion), open_eyed(motion), beta_hash(motion))
+    return ClipEntry(identity, motion_seed, motion.text, len(motion), open_eyed(motion), beta_hash(motion))
 
 def build_manifests(
     seed:int=0, # 0: those that ship
@@ -256,11 +269,11 @@ def build_manifests(
     drivers = rng(seed, "manifest", "drivers").permutation(np.arange(n["cross"]) % n["self"]).tolist()
     entries = dict(
         self=tuple(_test_clip(i, m, 3.0) for i, m in zip(selves, _test_seeds(seed, "self", n["self"]))),
-        cross=tuple(TestSource(i, v, *a, d) for i, v, a, d in zip(others, views, angles, drivers)),
+        cross=tuple(SourceEntry(i, v, *a, d) for i, v, a, d in zip(others, views, angles, drivers)),
         audio=tuple(_test_clip(i, m, None) for i, m in zip(speakers, _test_seeds(seed, "audio", n["audio"]))))
     return {name: Manifest(name, found, seed) for name, found in entries.items()}
 
-# %% ../../nbs/world/clips.ipynb #e68757b7
+# %% ../../nbs/world/clips.ipynb #39ce6574
 def _manifest_folder()->Path: return Path(nofa_nb.__file__).parent/"assets"/"manifests"
 
 def write_manifests(
@@ -284,7 +297,7 @@ def load_manifest(
     stored = record.pop("sha256", None) if isinstance(record, dict) else None
     need(stored is not None and stored == hash_config(record), "manifest", f"as it was published (SHA-256 {str(stored)[:12]}...)",
          f"a changed {path.name}", "restore it from the repository; a changed list makes other numbers")
-    kind = TestSource if name == "cross" else TestClip
+    kind = SourceEntry if name == "cross" else ClipEntry
     need(record.get("name") == name and all(set(e) == {f.name for f in fields(kind)} for e in record["entries"]), "manifest",
          f"a list of {kind.__name__}", f"another in {path.name}")
     return Manifest(name, tuple(kind(**e) for e in record["entries"]), record["seed"])

