@@ -568,3 +568,8 @@ def test_json(tmp_path):
         (tmp_path / "a.json").write_bytes(data)
         with pytest.raises(InputError, match="JSON"):
             read_json(tmp_path / "a.json")
+
+
+def test_no_tensors_and_no_metadata_can_be_read_again(tmp_path):
+    save_tensors(tmp_path / "empty.safetensors", {})
+    assert load_tensors(tmp_path / "empty.safetensors") == ({}, {})

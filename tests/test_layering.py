@@ -9,6 +9,9 @@ FLOORS = {
     "core": 1, "ops": 2, "geometry": 3, "layers": 4, "world": 4, "models": 5, "experts": 5, "data": 6,
     "training": 7, "baselines": 7, "evaluation": 8, "apps": 9,
 }
+# In models only these compose siblings. A pretrained generator is one network under one set of weights, so `generator`
+# puts its own parts together; `avatar` puts everything together.
+COMPOSERS = {"avatar": None, "generator": {"triplane", "renderer", "superresolution"}}  # None: any sibling
 STAGES = {"prior", "reconstruction", "detail", "deformation", "hybrid", "audio", "adaptation"}
 
 
@@ -43,8 +46,10 @@ def fault(module, target):
         return f"floor {FLOORS[folder]} looks up to floor {FLOORS[other]}"
     if FLOORS[other] == FLOORS[folder] and other != folder:
         return f"{folder} and {other} share a floor and are blind to each other"
-    if folder == other == "models" and name != "avatar" and part != name:
-        return "siblings in models do not import each other; avatar alone composes them"
+    if folder == other == "models" and part != name:
+        allowed = COMPOSERS.get(name, set())
+        if allowed is not None and part not in allowed:
+            return "siblings in models do not import each other; avatar, and generator of its own parts, compose them"
     if folder == other == "training" and name in STAGES and part in STAGES - {name}:
         return "training stages share loop, never each other"
     return None
@@ -84,6 +89,8 @@ def test_imports_run_downward():
     ("models.encoder", "from .generator import Generator"),
     ("models.encoder", "from nofa_nb.models import generator"),
     ("models.renderer", "from nofa_nb.models.avatar import Avatar"),
+    ("models.generator", "from nofa_nb.models.avatar import Avatar"),
+    ("models.generator", "from nofa_nb.models.encoder import Encoder"),
     ("training.detail", "from nofa_nb.training.prior import train"),
     ("training.detail", "from nofa_nb.baselines.protocol import run"),
     ("evaluation.metrics", "from nofa_nb.training.loop import fit"),
@@ -98,6 +105,7 @@ def test_a_bad_import_is_caught(module, line):
     ("world.portraits", "from nofa_nb.world.head import load_head"),
     ("world.portraits", "from .head import load_head\nimport torch"),
     ("models.avatar", "from nofa_nb.models.encoder import Encoder"),
+    ("models.generator", "from nofa_nb.models.renderer import Renderer"),
     ("training.detail", "from nofa_nb.training.loop import fit\nfrom nofa_nb.training.losses import rec"),
     ("evaluation.report", "from nofa_nb.core.repro import Result"),
 ])

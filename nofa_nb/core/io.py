@@ -336,7 +336,7 @@ class VideoWriter:
             if error is not None: raise error
             need(self.count, "video", "at least one frame long", f"0 frames for {self.path}")
 
-# %% ../../nbs/core/io.ipynb #7ed3710a
+# %% ../../nbs/core/io.ipynb #f9f030fa
 def save_tensors(
     path:str|Path,                       # .safetensors
     tensors:Mapping[str, Tensor],        # by name
@@ -354,7 +354,7 @@ def save_tensors(
         lost = t[stored[name].isinf() & ~t.isinf()] if half and t.is_floating_point() else ()
         need(not len(lost), f"tensors[{name!r}]", "within +-65504 for 16 bits", list(map(float, lost[:3])), "use half=False")
     with atomic_path(path) as temporary:
-        try: save_file(stored, str(temporary), metadata)
+        try: save_file(stored, str(temporary), metadata or None) # the library writes an unreadable file for {} without tensors
         except safetensors.SafetensorError as e: raise InputError(f"cannot write {path}: {e}") from e
 
 def load_tensors(

@@ -19,7 +19,7 @@ from .errors import InputError, MissingResource, need
 from .io import atomic_path, save_tensors
 from .repro import code_version
 
-# %% ../../nbs/core/pickles.ipynb #94c6a338
+# %% ../../nbs/core/pickles.ipynb #0e31486b
 class _Refused(Exception):
     "Why a file is not read on; turned into an `InputError` at the door."
 
@@ -30,6 +30,16 @@ class Limits:
     steps:int  = 500_000   # opcodes, those of nested streams included
     depth:int  = 100       # of values inside values
     growth:int = 8         # bytes of weights, arrays and decoded text per byte of the file, beside 1 MiB
+
+def _shown(text:str)->str:
+    "A name from a file, safe to print."
+    return ascii(text[:80])[1:-1][:80]
+
+@dataclass(frozen=True)
+class _Name:
+    "A function or class that the file asks for: not the thing itself, only what stands for it here."
+    full:str       # such as collections.OrderedDict
+    target:object  # our function, a torch.dtype, or `_Module`
 
 class _Allowance:
     "What is left of the limits while a file is read."
@@ -44,17 +54,7 @@ class _Allowance:
         self.bytes -= size
         if self.bytes < 0: raise _Refused(f"the file unfolds to more than {self.limits.growth} times its size")
 
-# %% ../../nbs/core/pickles.ipynb #15943e2f
-def _shown(text:str)->str:
-    "A name from a file, safe to print."
-    return ascii(text[:80])[1:-1][:80]
-
-@dataclass(frozen=True)
-class _Name:
-    "A function or class that the file asks for: not the thing itself, only what stands for it here."
-    full:str       # such as collections.OrderedDict
-    target:object  # our function, a torch.dtype, or `_Module`
-
+# %% ../../nbs/core/pickles.ipynb #447282ab
 class _Stream:
     "A stack machine for pickles that makes numbers, text, bytes and containers; the rest is up to `names`."
     def __init__(self, data:memoryview, where:str, allowance:_Allowance, names:Callable[[str], object],
@@ -307,7 +307,7 @@ def _buffer_array(stream:_Stream, args:tuple)->_Array|None:
             made.values = _array(stream, shape, dtype, order, data)
             return made
 
-# %% ../../nbs/core/pickles.ipynb #21bccfa7
+# %% ../../nbs/core/pickles.ipynb #23e4c8b0
 @dataclass(frozen=True)
 class _Storage:
     "The numbers that tensors are windows on."
@@ -320,8 +320,8 @@ def _tensor(stream:_Stream, args:tuple)->Tensor|None:
     if len(size) != len(stride) or len(size) > 8 or any(type(n) is not int or n < 0 for n in (*size, *stride, offset)):
         stream.refuse("has a tensor with a negative or unknown size, stride or offset")
     count, there = math.prod(size), flat.numel()
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-    if any(n > max(there, 1) for n in size) or count > there or offset > there or count and last >= there:
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride)) if count else offset - 1
+    if count > there or last >= there or math.prod(n or 1 for n in size) > 2**40:
         shape = "x".join(map(str, size))[:80]
         stream.refuse(f"has a tensor of shape {shape} that does not lie inside its storage of {there:,} numbers")
     stream.allowance.charge(count * flat.element_size())

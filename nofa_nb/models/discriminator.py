@@ -29,7 +29,7 @@ def minibatch_spread(
     spread = (groups.var(0, correction=0) + 1e-8).sqrt().mean(1) # one number per group
     return torch.cat([x, spread.repeat(size).reshape(b, 1, 1, 1).expand(b, 1, h, w)], 1)
 
-# %% ../../nbs/models/discriminator.ipynb #6c138c82
+# %% ../../nbs/models/discriminator.ipynb #7d23e086
 class DiscriminatorBlock(nn.Module):
     "Features of one resolution to half of it."
     def __init__(self,
@@ -47,7 +47,7 @@ class DiscriminatorBlock(nn.Module):
 
     def forward(self,
         x:Float[Tensor, "b i h w"], # features, or the image for the first block
-    )->Float[Tensor, "b o h/2 w/2"]:
+    )->Float[Tensor, "b o h2 w2"]:
         "Halve the size."
         if hasattr(self, "fromrgb"): x = self.fromrgb(x)
         y = self.skip(x, gain=0.5 ** 0.5)

@@ -83,7 +83,7 @@ def composite(
     if white_back: seen = seen + 1 - total
     return Rendering(seen * 2 - 1, depth, total)
 
-# %% ../../nbs/models/renderer.ipynb #e35e231b
+# %% ../../nbs/models/renderer.ipynb #f68d16c2
 @dataclass(frozen=True)
 class Renderer:
     "Two-pass volume rendering by EG3D's rules; the defaults are those of its faces."
@@ -117,9 +117,9 @@ class Renderer:
         need(origins.numel() > 0, "origins", "at least one ray", tuple(origins.shape))
         need(chunk is None or chunk >= 1, "chunk", "at least 1, or None", chunk)
         near, far = ray_bounds(origins, directions, self.ray_start, self.ray_end, self.box_warp)
-        first, second = draw_numbers(random, *near.shape, self.depth_coarse, self.depth_fine, origins)
+        first, second = draw_numbers(random, *origins.shape[:2], self.depth_coarse, self.depth_fine, origins)
         coarse = stratified_depths(near, far, first, self.disparity)
-        pieces = zip(*(x.split(chunk or near.shape[1], dim=1) for x in (origins, directions, coarse, second)))
+        pieces = zip(*(x.split(chunk or origins.shape[1], dim=1) for x in (origins, directions, coarse, second)))
         parts = [self._trace(field, *piece) for piece in pieces]
         features, depth, weight = (torch.cat(p, 1) for p in zip(*parts))
         return Rendering(features, depth.clamp(coarse.min(), coarse.max()), weight)

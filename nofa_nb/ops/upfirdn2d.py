@@ -58,7 +58,7 @@ def upfirdn2d(
     need(up >= 1 and down >= 1, "up, down", "whole numbers from 1", f"{up}, {down}")
     return upfirdn2d_ref(x, kernel, up, down, padding, gain)
 
-# %% ../../nbs/ops/upfirdn2d.ipynb #9f8dba6b
+# %% ../../nbs/ops/upfirdn2d.ipynb #7a7c8860
 def _around(size:int, up:int=1, down:int=1, extra:int=0)->tuple[int, int, int, int]:
     "Padding that centres a filter of `size` taps on the samples."
     before = (size + up - 1) // 2 if up > 1 else (size - down + 1) // 2
@@ -70,7 +70,7 @@ def upsample2d(
     x:Float[Tensor, "b c h w"],
     kernel:Float[Tensor, "k k"],
     factor:int=2,
-)->Float[Tensor, "b c factor*h factor*w"]: # same mean, away from the borders
+)->Float[Tensor, "b c h2 w2"]: # factor times as large; same mean, away from the borders
     "Enlarge."
     return upfirdn2d(x, kernel, up=factor, padding=_around(len(kernel), up=factor), gain=factor ** 2)
 
@@ -79,7 +79,7 @@ def downsample2d(
     x:Float[Tensor, "b c h w"],
     kernel:Float[Tensor, "k k"],
     factor:int=2,
-)->Float[Tensor, "b c h/factor w/factor"]: # rounded down
+)->Float[Tensor, "b c h2 w2"]: # size / factor, rounded down
     "Filter and shrink."
     return upfirdn2d(x, kernel, down=factor, padding=_around(len(kernel), down=factor))
 
@@ -91,7 +91,7 @@ def filter2d(
     "Smooth at the same size."
     return upfirdn2d(x, kernel, padding=_around(len(kernel)))
 
-# %% ../../nbs/ops/upfirdn2d.ipynb #af220117
+# %% ../../nbs/ops/upfirdn2d.ipynb #c78f545c
 def _transposed(x:Tensor, weight:Tensor, stride:int, groups:int)->Tensor:
     "Convolve the zero-filled `x` with a weight laid out as for `F.conv2d`."
     out, inner, k, _ = weight.shape
@@ -101,7 +101,7 @@ def _transposed(x:Tensor, weight:Tensor, stride:int, groups:int)->Tensor:
 
 def conv2d_resample(
     x:Float[Tensor, "b i h w"],
-    weight:Float[Tensor, "o i/groups k k"], # k odd; padded by k // 2
+    weight:Float[Tensor, "o j k k"],        # j = i / groups; k odd, padded by k // 2
     kernel:Float[Tensor, "t t"]|None=None,  # low-pass filter; needed where the size changes
     up:int=1,                               # enlarge by this factor
     down:int=1,                             # or shrink by this one

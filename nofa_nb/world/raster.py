@@ -184,7 +184,7 @@ def load_warp()->ModuleType|None: # None where warp-lang is not installed
     with _without_stderr(): wp.init()
     return wp
 
-# %% ../../nbs/world/raster.ipynb #88eabef1
+# %% ../../nbs/world/raster.ipynb #75b746af
 KERNEL = {"enable_backward": False, "module": "unique", "module_options": {"fuse_fp": False}}
 
 def run_kernel(
@@ -203,7 +203,7 @@ def run_kernel(
     wp.load_module(kernel.module, device="cpu") # once, before the threads
     with ThreadPoolExecutor(parts) as pool: list(pool.map(part, range(parts)))
 
-# %% ../../nbs/world/raster.ipynb #4ab52e31
+# %% ../../nbs/world/raster.ipynb #0bf4740f
 @lru_cache(maxsize=None)
 def visible_kernel()->Callable:
     "Compiled loop over the triangles of an image: the twin of `visible_torch`."
@@ -240,7 +240,7 @@ def visible_kernel()->Callable:
                         wp.atomic_min(keys, n, row, column, wp.where(z < limit, key, empty))
     return visible
 
-# %% ../../nbs/world/raster.ipynb #1b12b5c5
+# %% ../../nbs/world/raster.ipynb #f061962b
 def visible_warp(
     vertices:Float[Tensor, "b v 3"], # x, y in pixels, z = depth; on the CPU
     faces:Int[Tensor, "f 3"],        # corners, int32
@@ -256,7 +256,7 @@ def visible_warp(
                [wp.from_torch(faces), near, LIMIT, EMPTY])
     return keys
 
-# %% ../../nbs/world/raster.ipynb #1b1ba27e
+# %% ../../nbs/world/raster.ipynb #65b9bf18
 def resolve_torch(
     vertices:Float[Tensor, "b v 3"], # as for the keys
     faces:Int[Tensor, "f 3"],
@@ -275,7 +275,7 @@ def resolve_torch(
     total = weights[..., 0] + weights[..., 1] + weights[..., 2]
     return Fragments(face, torch.where(seen[..., None], weights / total[..., None], 0.), depth)
 
-# %% ../../nbs/world/raster.ipynb #1c6d64f1
+# %% ../../nbs/world/raster.ipynb #1ad6632a
 @lru_cache(maxsize=None)
 def resolve_kernel()->Callable:
     "Compiled loop over rows and columns: the twin of `resolve_torch`."
@@ -302,7 +302,7 @@ def resolve_kernel()->Callable:
             depth[n, row, column] = wp.cast(wp.int32(key >> wp.int64(32)), wp.float32)
     return resolve
 
-# %% ../../nbs/world/raster.ipynb #7a277444
+# %% ../../nbs/world/raster.ipynb #c9475e2d
 def resolve_warp(
     vertices:Float[Tensor, "b v 3"], # as for the keys; on the CPU
     faces:Int[Tensor, "f 3"],
@@ -316,7 +316,7 @@ def resolve_warp(
                 wp.from_torch(out.bary, dtype=wp.vec3), wp.from_torch(out.depth)], [wp.from_torch(faces)])
     return out
 
-# %% ../../nbs/world/raster.ipynb #e31290e3
+# %% ../../nbs/world/raster.ipynb #52d90c33
 @lru_cache(maxsize=None)
 def _warn_without_warp()->None:
     warnings.warn("warp-lang is not installed: rasterising with plain PyTorch, which is slower on a CPU; "
@@ -336,7 +336,7 @@ def choose_backend(
     need(device.type == "cpu", "backend", '"torch" or "auto" for tensors on a GPU', '"warp"')
     return "warp"
 
-# %% ../../nbs/world/raster.ipynb #33f97874
+# %% ../../nbs/world/raster.ipynb #4c5dafdb
 def _prepare(vertices:Tensor, faces:Tensor, height:int, width:int, near:float)->tuple[Tensor, Tensor]:
     "Check the arguments of both doors; vertices come back as float32, faces as int32, both contiguous."
     need(isinstance(vertices, Tensor) and vertices.is_floating_point(), "vertices", "a floating-point tensor",
@@ -357,7 +357,7 @@ def _keys(vertices:Tensor, faces:Tensor, height:int, width:int, near:float, back
         return torch.full((len(vertices), height, width), EMPTY, dtype=torch.int64, device=vertices.device)
     return (visible_warp if backend == "warp" else visible_torch)(vertices, faces, height, width, near)
 
-# %% ../../nbs/world/raster.ipynb #e704d4ea
+# %% ../../nbs/world/raster.ipynb #b7052aa7
 def visible_faces(
     vertices:Float[Tensor, "b v 3"], # x right and y down in pixels (centres at i + 0.5), z = depth along the camera's axis
     faces:Int[Tensor, "f 3"],        # corners of each triangle, shared by the batch; int32 saves a conversion
@@ -370,7 +370,7 @@ def visible_faces(
     vertices, faces = _prepare(vertices, faces, height, width, near)
     return unpack(_keys(vertices, faces, height, width, near, choose_backend(backend, vertices.device)))[0]
 
-# %% ../../nbs/world/raster.ipynb #442a7875
+# %% ../../nbs/world/raster.ipynb #a4296faf
 def rasterize(
     vertices:Float[Tensor, "b v 3"], # x right and y down in pixels (centres at i + 0.5), z = depth along the camera's axis
     faces:Int[Tensor, "f 3"],        # corners of each triangle, shared by the batch; int32 saves a conversion
@@ -388,7 +388,7 @@ def rasterize(
         return Fragments(face, depth.new_zeros(*depth.shape, 3), depth)
     return (resolve_warp if backend == "warp" else resolve_torch)(vertices, faces, keys)
 
-# %% ../../nbs/world/raster.ipynb #480165be
+# %% ../../nbs/world/raster.ipynb #69a4f703
 @lru_cache(maxsize=None)
 def blend_kernel(
     channels:int, # length of the vectors
@@ -410,7 +410,7 @@ def blend_kernel(
             out[n, row, column] = value
     return blend
 
-# %% ../../nbs/world/raster.ipynb #fbd35a42
+# %% ../../nbs/world/raster.ipynb #1b631a03
 def blend_warp(
     attributes:Float[Tensor, "b v c"], # per vertex, float32, on the CPU
     faces:Int[Tensor, "f 3"],
@@ -428,7 +428,7 @@ def blend_warp(
                [wp.from_torch(faces)])
     return out
 
-# %% ../../nbs/world/raster.ipynb #ad89e8ae
+# %% ../../nbs/world/raster.ipynb #2de046d0
 def blend_torch(
     attributes:Float[Tensor, "b v c"], # per vertex
     faces:Int[Tensor, "f 3"],
@@ -441,7 +441,7 @@ def blend_torch(
     a, b, c = (weight[..., None] * attributes[image, corner] for weight, corner in zip(fragments.bary.unbind(-1), corners))
     return torch.where(face[..., None] >= 0, a + b + c, 0.)
 
-# %% ../../nbs/world/raster.ipynb #46141334
+# %% ../../nbs/world/raster.ipynb #051b2a07
 def interpolate(
     attributes:Float[Tensor, "*b v c"], # per vertex: (b, v, c), or (v, c) for the whole batch
     faces:Int[Tensor, "f 3"],           # the ones given to `rasterize`
