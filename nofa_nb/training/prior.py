@@ -135,7 +135,7 @@ def raw_resolution(
     grown = (images / 1000 - start) / kimg if kimg else float(images >= 1000 * start)
     return round(first + (last - first) * min(max(grown, 0.), 1.))
 
-# %% ../../nbs/training/prior.ipynb #dd3ee6a0
+# %% ../../nbs/training/prior.ipynb #9cd225e2
 Objective = Literal["gan", "warm", "warm+gan"]
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class PriorStage:
     adversarial_from:float      = .7      # part of the steps after which "warm+gan" plays the game; ours
     adversarial_weight:float    = .02     # of the generator's logistic loss beside the warm terms; ours
     # the warm start: the recipe that worked on a CPU, unless it says "ours"
-    warm_lr:float               = 2.5e-3  # Adam, cosine down to warm_end
+    warm_lr:float               = .03     # Adam, cosine; ours: the recipe's 2.5e-3 stalls, as these layers store their weights with unit spread
     warm_betas:tuple[float, float] = (.9, .99) # ours
     warm_end:float              = .02     # of the rate, at the last step; ours
     warm_up:int                 = 100     # steps; ours

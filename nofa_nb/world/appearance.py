@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['LOOK', 'SCENE', 'SKIN', 'HAIR', 'HAIR_RED', 'HAIR_GREY', 'IRIS', 'CENTRE', 'STRIP', 'HAIRLINE', 'EYE_RADIUS',
-           'IRIS_ANGLE', 'squash', 'Look', 'decode_look', 'to_linear', 'to_srgb', 'ramp', 'hue_colour', 'hair_colour',
-           'disc_map', 'fractal_noise', 'hairline', 'smooth', 'canvas_positions', 'canvas_features', 'bake']
+           'IRIS_ANGLE', 'squash', 'Look', 'decode_look', 'power', 'to_linear', 'to_srgb', 'ramp', 'hue_colour',
+           'hair_colour', 'disc_map', 'fractal_noise', 'hairline', 'smooth', 'canvas_positions', 'canvas_features',
+           'bake']
 
-# %% ../../nbs/world/appearance.ipynb #256be04f
+# %% ../../nbs/world/appearance.ipynb #46fd7754
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 import math
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from ..core.errors import InputError
 from ..core.repro import generator
-from .head import Head, load_head
+from .head import Head, constant, load_head, per_device
 from .raster import rasterize
 
 # %% ../../nbs/world/appearance.ipynb #43d95dd2
@@ -36,7 +36,7 @@ def squash(
     "A smooth, monotone map of the real line into (low, high): the normal distribution function."
     return low + (high - low)*.5*(1 + torch.erf(x/math.sqrt(2)))
 
-# %% ../../nbs/world/appearance.ipynb #49ce03a0
+# %% ../../nbs/world/appearance.ipynb #4e4bfce8
 @dataclass(frozen=True)
 class Look:
     "Physical quantities of one look; each field is a scalar tensor, 0 .. 1 unless it says otherwise."
@@ -65,7 +65,7 @@ def _named(values, names, argument):
     return dict(zip(names, values.unbind(-1)))
 
 def decode_look(
-    head:Head,
+    head:Head,                   # on the CPU, as are the numbers
     alpha:Float[Tensor, "k"],    # identity
     numbers:Float[Tensor, "34"], # in the order of LOOK, N(0, 1) each
 )->Look:
@@ -90,27 +90,36 @@ def decode_look(
     q['hair_length'] = torch.where(length < -2.1, length.new_zeros(()), .012 + .55*squash(length - .6)**1.6)
     return Look(**{f.name: q[f.name] for f in fields(Look)})
 
-# %% ../../nbs/world/appearance.ipynb #f5858365
+# %% ../../nbs/world/appearance.ipynb #5cb568f1
+def power(
+    x:Tensor,       # 0 or more
+    exponent:float,
+)->Tensor:
+    "`x**exponent` with the same bits wherever x stands in its array; best for small exponents."
+    return torch.exp(torch.log(x)*exponent)
+
 def to_linear(
     srgb:Tensor, # 0 .. 1
 )->Tensor:
     "sRGB to linear light."
-    return torch.where(srgb <= .04045, srgb/12.92, ((srgb.clamp(min=.04045) + .055)/1.055)**2.4)
+    x = (srgb.clamp(min=.04045) + .055)/1.055
+    return torch.where(srgb <= .04045, srgb/12.92, x*x*power(x, .4))
 
 def to_srgb(
     linear:Tensor, # 0 .. 1
 )->Tensor:
     "Linear light to sRGB."
     linear = linear.clamp(0, 1)
-    return torch.where(linear <= .0031308, linear*12.92, 1.055*linear.clamp(min=.0031308)**(1/2.4) - .055)
+    x = linear.clamp(min=.0031308)
+    return torch.where(linear <= .0031308, linear*12.92, 1.055*(x.sqrt()*power(x, -1/12)) - .055)
 
 def ramp(
     t:Tensor,       # 0 .. 1, any shape
     anchors:tuple,  # sRGB colours, 0 .. 255, evenly spaced over 0 .. 1
 )->Float[Tensor, "*t 3"]: # linear
     "Piecewise linear colour ramp."
-    table = torch.tensor(anchors, dtype=torch.float32)/255
-    x = torch.as_tensor(t).clamp(0, 1)*(len(anchors) - 1)
+    table = constant(anchors, t.device)/255
+    x = t.clamp(0, 1)*(len(anchors) - 1)
     low = x.floor().long().clamp(max=len(anchors) - 2)
     mix = (x - low)[..., None]
     return to_linear(table[low]*(1 - mix) + table[low + 1]*mix)
@@ -153,22 +162,20 @@ def disc_map(
     scale = (.725 - .225*r2)*torch.sqrt(r2/(flat + 1e-12))
     return torch.stack([.5 + x*scale, .5 - y*scale], -1)
 
-# %% ../../nbs/world/appearance.ipynb #a32dee3c
+# %% ../../nbs/world/appearance.ipynb #9aa822ff
+@lru_cache(maxsize=64)
+def _lattice_table(seed, device): return (torch.rand(32**3, generator=generator(seed, 'lattice noise'))*2 - 1).to(device)
+
 def _lattice_noise(points, cells, seed):
-    "Smooth value noise in -1 .. 1 at 3D points, `cells` lattice cells per world unit."
-    table = torch.rand(32, 32, 32, generator=generator(seed, 'lattice noise'))*2 - 1
+    "Smooth value noise in -1 .. 1 at points (n, 3), `cells` lattice cells per world unit."
+    corners = constant(tuple((i & 1, i >> 1 & 1, i >> 2) for i in range(8)), points.device).long()[:, None]
     x = points*cells
     base = x.floor()
     f = x - base
     f = f*f*(3 - 2*f)
-    i = base.long()
-    value = 0.
-    for corner in range(8):
-        offset = torch.tensor([corner & 1, corner >> 1 & 1, corner >> 2])
-        j = (i + offset) & 31
-        weight = torch.where(offset.bool(), f, 1 - f).prod(-1)
-        value = value + weight*table[j[..., 0], j[..., 1], j[..., 2]]
-    return value
+    x, y, z = ((base.long() + corners) & 31).unbind(-1)
+    value = torch.where(corners.bool(), f, 1 - f).prod(-1)*_lattice_table(seed, points.device)[(x*32 + y)*32 + z]
+    return sum(value.unbind(0)) # one after the other: `Tensor.sum` adds in an order that depends on the place in the array
 
 def fractal_noise(
     points:Float[Tensor, "*n 3"],
@@ -177,9 +184,11 @@ def fractal_noise(
     seed:int=0,
 )->Float[Tensor, "*n"]: # about -1 .. 1
     "A few octaves of value noise: a fixed field over the canonical head."
-    return sum(_lattice_noise(points, cells*2**k, seed + k)*.5**k for k in range(octaves))/(2 - .5**(octaves - 1))
+    octave = lambda part, k: _lattice_noise(part, cells*2**k, seed + k)*.5**k
+    parts = [sum(octave(part, k) for k in range(octaves)) for part in points.reshape(-1, 3).split(1 << 16)] # bounds the memory
+    return torch.cat(parts).reshape(points.shape[:-1])/(2 - .5**(octaves - 1))
 
-# %% ../../nbs/world/appearance.ipynb #7373b0e6
+# %% ../../nbs/world/appearance.ipynb #7a07a10d
 HAIRLINE = ((0., .150), (.35, .158), (.7, .142), (.95, .085), (1.15, .025), (1.35, .002), (1.5, .012), (1.75, .03), (2.05, -.03), (2.45, -.10), (3.15, -.125))
 
 def hairline(
@@ -187,7 +196,7 @@ def hairline(
 )->Float[Tensor, "*n"]:           # world units above (positive) or below the unreceded hairline
     "Height above the hairline, a curve around the head from the forehead over the ears to the nape."
     azimuth = torch.atan2(points[..., 0].abs(), points[..., 2] - .0)
-    at, height = torch.tensor(HAIRLINE).T.contiguous()
+    at, height = constant(tuple(zip(*HAIRLINE)), points.device)
     i = (torch.bucketize(azimuth, at) - 1).clamp(0, len(at) - 2)
     t = ((azimuth - at[i])/(at[i + 1] - at[i])).clamp(0, 1)
     t = t*t*(3 - 2*t)
@@ -196,9 +205,9 @@ def hairline(
 def _near_line(points, line, width):
     "Gaussian of the distance in the (x, y) plane to a polyline; x is taken without sign."
     xy = torch.stack([points[..., 0].abs(), points[..., 1]], -1)
-    distance = torch.full(xy.shape[:-1], 1e9)
+    distance = torch.full_like(xy[..., 0], 1e9)
     for a, b in zip(line[:-1], line[1:]):
-        a, b = xy.new_tensor(a), xy.new_tensor(b)
+        a, b = constant(a, xy.device), constant(b, xy.device)
         t = (((xy - a)@(b - a))/((b - a)@(b - a))).clamp(0, 1)
         distance = torch.minimum(distance, (xy - a - t[..., None]*(b - a)).norm(dim=-1))
     return torch.exp(-(distance/width)**2)*(points[..., 2] > .05)
@@ -208,8 +217,8 @@ def smooth(x, low, high):
     t = ((x - low)/(high - low)).clamp(0, 1)
     return t*t*(3 - 2*t)
 
-# %% ../../nbs/world/appearance.ipynb #32de4426
-@lru_cache(maxsize=4)
+# %% ../../nbs/world/appearance.ipynb #598d1213
+@per_device
 def canvas_positions(
     size:int, # texels along a side of the disc
 )->tuple[Tensor, Tensor]: # canonical positions (size, size, 3), lips (size, size)
@@ -231,10 +240,10 @@ def canvas_positions(
     rows, columns = distance_transform_edt((face < 0).numpy(), return_distances=False, return_indices=True)
     return position[rows, columns], lips[rows, columns]
 
-# %% ../../nbs/world/appearance.ipynb #a4dda34e
-@lru_cache(maxsize=4)
+# %% ../../nbs/world/appearance.ipynb #48e6453d
+@per_device
 def canvas_features(
-    size:int,
+    size:int, # texels along a side of the disc
 )->dict[str, Float[Tensor, "size size"]]:
     "Masks and fixed noise fields over the canvas."
     p, lips = canvas_positions(size)
@@ -263,41 +272,45 @@ def canvas_features(
               blemish=smooth(fractal_noise(p, 38., 1, 5), .62, .75))
     return f
 
-# %% ../../nbs/world/appearance.ipynb #6fe00266
+# %% ../../nbs/world/appearance.ipynb #b45b5111
 EYE_RADIUS = .0262   # of the eyeball, world units
 IRIS_ANGLE = .50     # sine of the iris' half opening
 
 def _bake_skin(look, f):
     melanin = (look.melanin + .05*f['mottle']*(.4 + look.blemishes) + .10*f['under_eye']*(.3 + .7*look.wrinkles)).clamp(0, 1)
     colour = ramp(melanin, SKIN)
-    red = torch.tensor([1.10, .82, .80])
-    warm = 1 + (look.warmth - .5)*torch.tensor([.08, .0, -.14])
+    red, spots, blemish = constant(((1.10, .82, .80), (.72, .55, .42), (.95, .72, .70)), colour.device)
+    warm = 1 + (look.warmth - .5)*constant((.08, .0, -.14), colour.device)
     flush = (.25 + .75*look.redness)*(f['cheek']*.7 + f['nose']*.8 + .15*f['mottle']) + .5*look.blush*f['cheek']
     colour = colour*warm*(1 + flush.clamp(min=0)[..., None]*(1 - .55*look.melanin)*(red - 1))
-    spots = torch.tensor([.72, .55, .42])
     colour = colour*(1 + (f['spots']*look.freckles)[..., None]*(spots - 1))
-    colour = colour*(1 + (f['blemish']*look.blemishes*.5)[..., None]*(torch.tensor([.95, .72, .70]) - 1))
+    colour = colour*(1 + (f['blemish']*look.blemishes*.5)[..., None]*(blemish - 1))
     lines = (.36*f['fold'] + .17*f['forehead'] + .22*f['crow'])*look.wrinkles.clamp(min=.06)
     return colour*(1 - lines + .055*(.5 + look.wrinkles)*f['pores'])[..., None]
 
 def _mix(colour, other, amount): return colour + (other - colour)*amount.clamp(0, 1)[..., None]
 
-def _bake_face(look, f):
+def _paints(look):
+    "Colours of hair, lips, eye shadow and brows; on the CPU, as the look is."
     hair = hair_colour(look)
-    colour = _bake_skin(look, f)
     lip = ramp(look.melanin, ((205, 122, 116), (186, 104, 98), (150, 84, 78), (98, 56, 54)))
     lip = lip*(1 + (look.lip_red - .5)*torch.tensor([.12, -.22, -.18]))
     stick = hue_colour(.96 + .08*look.lip_red, .45 + .3*look.redness, torch.tensor(.8))
-    colour = _mix(colour, _mix(lip, stick, look.lipstick)*(1 + .12*f['pores'][..., None]), (.66 + .26*look.lipstick)*f['lips'])
     shadow = hue_colour(look.cloth_hue, .35 + .2*look.shine, torch.tensor(.45))
-    colour = _mix(colour, shadow, .65*look.eye_shadow*f['shadow'])
     brow = _mix(hair*.75, ramp(torch.tensor(.9), HAIR), .35*look.brow_dark)
+    return torch.stack([hair, _mix(lip, stick, look.lipstick), shadow, brow])
+
+def _bake_face(look, f):
+    hair, lip, shadow, brow = _paints(look).to(f['lips'].device)
+    colour = _bake_skin(look, f)
+    colour = _mix(colour, lip*(1 + .12*f['pores'][..., None]), (.66 + .26*look.lipstick)*f['lips'])
+    colour = _mix(colour, shadow, .65*look.eye_shadow*f['shadow'])
     thick = f['brow']*look.brow_thick + f['brow_thin']*(1 - look.brow_thick)
     colour = _mix(colour, brow, smooth(thick + .22*f['strokes'], .30, .75)*(.62 + .33*look.brow_dark))
     whiskers = (.62 + .5*f['stubble']).clamp(0, 1)
     colour = _mix(colour, hair*.6, whiskers*(f['beard']*smooth(look.beard, .04, .4) + f['moustache']*smooth(torch.maximum(look.moustache, look.beard*.9), .04, .4))*.9)
     liner = .16 + .6*look.eye_shadow
-    colour = _mix(colour, torch.tensor([.02, .014, .012]), f['lash_line']*liner)
+    colour = _mix(colour, constant((.02, .014, .012), colour.device), f['lash_line']*liner)
     cover = smooth(f['above'] - .055*look.hairline*(1 + f['mottle']*.3) + .012*f['stubble'], -.004, .022)
     cut = .72 + .26*smooth(look.hair_length, .012, .05)
     cover = cover*torch.where(look.hair_length > 0, cut, torch.zeros(()))
@@ -305,8 +318,8 @@ def _bake_face(look, f):
     gloss = (.25 + .75*look.shine)*(.5 + .3*f['nose'] + .15*f['cheek'])*(1 - .8*cover) + f['lips']*(.25 + .5*look.lipstick)
     return torch.cat([colour.clamp(0, 1), (gloss*(1 + .3*f['pores']))[..., None]], -1)
 
-# %% ../../nbs/world/appearance.ipynb #c0e93c8e
-@lru_cache(maxsize=4)
+# %% ../../nbs/world/appearance.ipynb #c05a6d47
+@per_device
 def _eye_features(size):
     axis = (torch.arange(size) + .5)/size*2 - 1
     y, x = torch.meshgrid(-axis, axis, indexing='ij')
@@ -315,19 +328,19 @@ def _eye_features(size):
     veins = smooth(fractal_noise(torch.stack([x, y, 0*x], -1), 7., 3, 7).abs(), 0., .07)
     return r, fractal_noise(rays, 11., 2, 6), veins
 
-def _bake_eye(look, size):
-    r, fibres, veins = _eye_features(size)
-    white = to_linear(torch.tensor([.90, .87, .85]))*(1 - .22*smooth(r, .55, 1.)[..., None])
-    white = white*(1 - (1 - veins)[..., None]*torch.tensor([.02, .10, .10])*smooth(r, .6, .95)[..., None])
-    iris = ramp(look.iris_hue, IRIS)*(.65 + .75*look.iris_light)
+def _bake_eye(look, size, device):
+    r, fibres, veins = _eye_features(size, device=device)
+    white, inner = to_linear(constant(((.90, .87, .85), (.55, .42, .22)), device))
+    white = white*(1 - .22*smooth(r, .55, 1.)[..., None])
+    white = white*(1 - (1 - veins)[..., None]*constant((.02, .10, .10), device)*smooth(r, .6, .95)[..., None])
+    iris = (ramp(look.iris_hue, IRIS)*(.65 + .75*look.iris_light)).to(device)
     t = r/IRIS_ANGLE
-    inner = to_linear(torch.tensor([.55, .42, .22]))
     iris = _mix(iris.expand(*r.shape, 3), inner, .45*smooth(-t, -.62, -.40))*(1 + .45*fibres[..., None])
     iris = iris*(1 - .75*smooth(t, .80, .98)[..., None])*smooth(t, .34, .41)[..., None]
     eye = _mix(white, iris, 1 - smooth(t, .96, 1.05))
-    return torch.cat([eye.clamp(0, 1), torch.full((size, size, 1), 2.6)], -1)
+    return torch.cat([eye.clamp(0, 1), torch.full_like(eye[..., :1], 2.6)], -1)
 
-@lru_cache(maxsize=4)
+@per_device
 def _strands(size):
     axis = (torch.arange(size) + .5)/size
     v, u = torch.meshgrid(axis, axis, indexing='ij')
@@ -337,12 +350,13 @@ def _strands(size):
 def bake(
     look:Look,
     size:int=256, # texels along a side of the disc
+    device:torch.device|str='cpu',
 )->Float[Tensor, "4 h w"]: # h = 1.25 w; linear colour and gloss
     "The texture of one identity: the disc of the head above a strip with the eye and the strands."
     if size < 32: raise InputError(f"size must be at least 32 texels, got {size}")
-    face = _bake_face(look, canvas_features(size))
+    face = _bake_face(look, canvas_features(size, device=device))
     patch = int(size*STRIP)
-    strip = torch.ones(patch, size, 4)
-    strip[:, :patch] = _bake_eye(look, patch)
-    strip[:, patch:2*patch, :3] = _strands(patch)
+    strip = face.new_ones(patch, size, 4)
+    strip[:, :patch] = _bake_eye(look, patch, face.device)
+    strip[:, patch:2*patch, :3] = _strands(patch, device=device)
     return torch.cat([face, strip]).permute(2, 0, 1).contiguous()

@@ -5,44 +5,42 @@
 # %% auto #0
 __all__ = ['bend', 'mouth_light', 'shade_vertices', 'background', 'Views', 'render']
 
-# %% ../../nbs/world/portraits.ipynb #3de2fa67
+# %% ../../nbs/world/portraits.ipynb #b5fe5cc2
 from dataclasses import dataclass
-from functools import lru_cache
 import math
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from ..core.errors import InputError
 from ..geometry.cameras import Camera
 from ..geometry.rays import ray_sphere, rays
 from .accessories import accessory_faces
 from .appearance import SCENE, STRIP, disc_map, fractal_noise, hue_colour, smooth, squash, to_srgb
-from .bust import Bust, diffuse, head_normals, topology
-from .hair import ribbon_faces, roots
-from .head import load_head
+from .bust import GLOSS, LIGHT, NORMAL, PLACE, Bust, diffuse, dot, head_normals, topology
+from .hair import RIBBON, roots
+from .head import constant, load_head, per_device
 from .raster import camera_to_raster, interpolate, rasterize
 
-# %% ../../nbs/world/portraits.ipynb #5b4d0685
+# %% ../../nbs/world/portraits.ipynb #ff146567
 def bend(
     bust:Bust,
-    beta:Float[Tensor, "52"],
-)->Float[Tensor, "v 3"]:
-    "Eq. 4 for one expression; hair follows its roots."
-    head = load_head()
-    n, shift = head.vertices, torch.zeros_like(head.model.mean)
-    for i in beta.nonzero()[:, 0].tolist(): # one unit after the other: the same sum whatever the batch or the number of threads
-        shift = shift + beta[i]*head.model.exp_basis[i]
-    scalp, beard = roots()
-    at_roots = torch.cat([scalp.on(shift), beard.on(shift)])
-    vertices = bust.neutral.clone()
-    vertices[:n] += shift
-    ends = n + len(bust.ribbons.root)
-    vertices[n:ends] += at_roots[bust.ribbons.root]
+    beta:Float[Tensor, "b 52"],
+)->Float[Tensor, "b v 3"]:
+    "Eq. 4 for a few expressions; hair follows its roots."
+    head = load_head(device=beta.device)
+    n, shift = head.vertices, beta.new_zeros(len(beta), head.vertices, 3)
+    for i in beta.any(0).nonzero()[:, 0].tolist(): # one unit after the other: the same sum whatever the batch or the number of threads
+        shift = shift + beta[:, i, None, None]*head.model.exp_basis[i]
+    at_roots = torch.cat([part.on(shift) for part in roots(device=beta.device)], 1)
+    vertices = bust.neutral.repeat(len(beta), 1, 1)
+    vertices[:, :n] += shift
+    strands = vertices[:, n:n + len(bust.strand)].unflatten(1, (-1, RIBBON))
+    strands += at_roots[:, :, None]
     return vertices
 
-# %% ../../nbs/world/portraits.ipynb #2d26f2e7
-@lru_cache(maxsize=1)
+# %% ../../nbs/world/portraits.ipynb #2f53260b
+@per_device
 def _inside():
     "Vertices of the mouth that no skin triangle uses."
     head = load_head()
@@ -50,58 +48,74 @@ def _inside():
     return inside[~torch.isin(inside, head.in_region('skin'))]
 
 def mouth_light(
-    vertices:Float[Tensor, "v 3"], # of a bust
-)->float:                          # .04 behind closed lips .. 1 in an open mouth
+    vertices:Float[Tensor, "b v 3"], # of a bust
+    inside:Int[Tensor, "m"],         # vertices of teeth, tongue and the mouth's walls
+)->Float[Tensor, "b m"]:             # .04 behind closed lips .. 1 in an open mouth and on a tongue that is put out
     "How much light gets in between the lips: teeth must not shine through a crack."
-    upper, lower = (vertices[load_head().model.landmarks68[k]] for k in ([61, 62, 63], [67, 66, 65]))
-    gap = (upper[:, 1] - lower[:, 1]).amax()
-    return .04 + .96*smooth(gap, .006, .022)
+    marks = load_head(device=vertices.device).model.landmarks68
+    upper, lower = vertices[:, marks[61:64], 1], vertices[:, marks[65:68].flip(0), 1]
+    opened = .04 + .96*smooth((upper - lower).amax(-1, keepdim=True), .005, .018)
+    return torch.maximum(opened, smooth(vertices[:, inside, 2] - vertices[:, marks[62], 2, None], -.008, .008))
 
 def shade_vertices(
     bust:Bust,
-    vertices:Float[Tensor, "v 3"],
-    view:Float[Tensor, "3"],       # unit vector towards the camera
-)->tuple[Float[Tensor, "v 3"], Float[Tensor, "v 3"]]: # arriving light times tint, normals
-    "Light per vertex. Only the head's changes with expression; hair adds the glint of its strands."
-    head, light = load_head(), bust.light
-    n, hair = head.vertices, len(bust.ribbons.root)
-    skin = head_normals(vertices[:n])
+    vertices:Float[Tensor, "b v 3"],
+    view:Float[Tensor, "b 3"],        # unit vectors towards the cameras
+)->Float[Tensor, "b v 10"]:           # PLACE, LIGHT, NORMAL, GLOSS
+    "What vertices carry. Light on the head changes with expression; hair adds the glint of its strands."
+    light, device, n = bust.light, vertices.device, load_head().vertices
+    ends = n + len(bust.strand)
+    skin = head_normals(vertices[:, :n])
     arriving = diffuse(light, skin, bust.shadow[:n], bust.ambient[:n], bust.tint[:n])
-    arriving[_inside()] *= mouth_light(vertices)
-    half = F.normalize(light.towards + view, dim=0)
-    sin_half = (1 - (bust.glint_axis@half)**2).clamp(min=0)
-    sin_view = (1 - (bust.ribbons.tangents@view)**2).clamp(min=0)
+    inside = _inside(device=device)
+    arriving[:, inside] *= mouth_light(vertices, inside)[..., None]
+    half = F.normalize(light.towards + view, dim=-1)
+    sin_half = (1 - dot(bust.glint_axis, half[:, None])**2).clamp(min=0)
+    sin_view = (1 - dot(bust.strand, view[:, None])**2).clamp(min=0)
     glint = sin_half.square().square()
-    glint = .16*glint*glint.square()*glint.square().square()*bust.shadow[n:n + hair, 1] + .05*sin_view.square()*sin_view*bust.ambient[n:n + hair]
-    strands = torch.addcmul(bust.arriving[:hair], glint[:, None], bust.glint_colour)
-    return torch.cat([arriving, strands, bust.arriving[hair:]]), torch.cat([skin, bust.normals])
+    glint = .16*glint*glint.square()*glint.square().square()*bust.shadow[n:ends, 1] + .05*sin_view.square()*sin_view*bust.ambient[n:ends]
+    carried = bust.carried.repeat(len(vertices), 1, 1)
+    carried[:, :n, LIGHT], carried[:, :n, NORMAL] = arriving, skin
+    carried[:, n:ends, LIGHT] += glint[..., None]*bust.glint_colour
+    return carried
 
-# %% ../../nbs/world/portraits.ipynb #2f16a636
+# %% ../../nbs/world/portraits.ipynb #13e1278b
+def _enlarge(small, size):
+    "Bilinear enlargement of pictures (b h w c) with equal sides, pixel centres on pixel centres."
+    coarse = small.shape[1]
+    at = ((torch.arange(size, device=small.device) + .5)*(coarse/size) - .5).clamp(0, coarse - 1)
+    low = at.long().clamp(max=coarse - 2)
+    part = (at - low)[:, None]
+    for axis, t in ((2, part), (1, part[..., None])):
+        a = small.index_select(axis, low)
+        small = a + (small.index_select(axis, low + 1) - a)*t
+    return small
+
 def background(
-    scene:Float[Tensor, "12"],
+    scene:Float[Tensor, "12"],   # on the CPU
     camera:Camera,
     size:int,
 )->Float[Tensor, "b h w 3"]: # linear
     "What rays see that miss the head."
     n, coarse = dict(zip(SCENE, scene)), 24
     origins, directions = rays(camera, coarse, coarse)
-    pivot = origins.new_tensor([0., 0., .2])
+    pivot = constant((0., 0., .2), origins.device)
     far = ray_sphere(origins - pivot, directions, radius=.5).far
     hit = F.normalize((origins - pivot + far[..., None]*directions).nan_to_num(0.), dim=-1)
     light, colour = squash(n['back_light'], .12, .95), squash(n['back_colour'] - .5, .0, .7)
-    first = hue_colour(squash(n['back_hue']), light, colour)
-    second = hue_colour(squash(n['back_second_hue']), squash(n['back_gradient'], .1, .95), colour)
+    first = hue_colour(squash(n['back_hue']), light, colour).to(hit.device)
+    second = hue_colour(squash(n['back_second_hue']), squash(n['back_gradient'], .1, .95), colour).to(hit.device)
     angle = n['back_angle']
     t = smooth(hit[..., 0]*torch.sin(angle) + hit[..., 1]*torch.cos(angle), -.55, .55)*squash(n['back_gradient'].abs() - .5)
     base = first + (second - first)*t[..., None]
     scenic = smooth(n['back_scene'], .3, 1.1)
-    blobs = fractal_noise(hit + 3*squash(n['back_second_hue']), 5., 2, 21)[..., None]*.55
-    tint = fractal_noise(hit + 3*squash(n['back_hue']), 3.5, 1, 22)[..., None]
-    base = (base*(1 + scenic*blobs) + scenic*.10*(second - first)*tint).clamp(0, 1)
-    small = base.reshape(-1, coarse, coarse, 3).permute(0, 3, 1, 2)
-    return F.interpolate(small, size=(size, size), mode='bilinear', align_corners=False).permute(0, 2, 3, 1)
+    if scenic > 0:
+        blobs = fractal_noise(hit + 3*squash(n['back_second_hue']), 5., 2, 21)[..., None]*.55
+        tint = fractal_noise(hit + 3*squash(n['back_hue']), 3.5, 1, 22)[..., None]
+        base = base*(1 + scenic*blobs) + scenic*.10*(second - first)*tint
+    return _enlarge(base.clamp(0, 1).reshape(-1, coarse, coarse, 3), size)
 
-# %% ../../nbs/world/portraits.ipynb #22fd545d
+# %% ../../nbs/world/portraits.ipynb #d1189fce
 @dataclass(frozen=True)
 class Views:
     "Pictures of one person with their labels."
@@ -126,63 +140,67 @@ def _look_up(texture, kind, x, y, z):
     return F.grid_sample(texture[None], grid[None, None], align_corners=False, padding_mode='border')[0, :, 0]
 
 def _shade(bust, fragments, attributes, view):
-    "Linear colour of every sample."
-    faces, kinds = topology()
+    "Linear colour of every sample (b h w 3)."
     face = fragments.face.flatten()
     covered = (face >= 0).nonzero()[:, 0]
-    kind = kinds[face[covered].long()]
-    x, y, z, red, green, blue, nx, ny, nz, gloss = attributes.flatten(0, -2)[covered].T.contiguous()
+    kind = topology(device=face.device)[1].index_select(0, face.index_select(0, covered))
+    x, y, z, red, green, blue, nx, ny, nz, gloss = attributes.flatten(0, -2).index_select(0, covered).T.contiguous()
     texel = _look_up(bust.texture, kind, x, y, z)
     side = x.abs()
     line = -.262 - .05*bust.collar*(1 - (side/.12).clamp(max=1)) + .05*smooth(-z, -.06, .06) - .25*(side - .13).clamp(min=0)
     cloth = smooth(line - y, -.002, .003)*(kind == 0)
-    half = F.normalize(bust.light.towards + view, dim=0)
-    c = ((nx*half[0] + ny*half[1] + nz*half[2])*torch.rsqrt(nx*nx + ny*ny + nz*nz + 1e-12)).clamp(min=0)
+    half = F.normalize(bust.light.towards + view, dim=-1)
+    hx, hy, hz = half.T[:, 0] if len(half) == 1 else half.T[:, covered//fragments.face[0].numel()]
+    c = ((nx*hx + ny*hy + nz*hz)*torch.rsqrt(nx*nx + ny*ny + nz*nz + 1e-12)).clamp(min=0)
     power = torch.where(kind == 2, 110., 22.) # Schlick's rational form of a power
     spark = .16*texel[3]*gloss*(c/(power - power*c + c))*(1 - .9*cloth)
     colour = [(t + (k - t)*cloth)*a + spark*l for t, k, a, l in zip(texel, bust.cloth, (red, green, blue), bust.light.key)]
-    return torch.zeros(len(face), 3).index_copy_(0, covered, torch.stack(colour, -1)).reshape(*fragments.face.shape, 3)
+    return x.new_zeros(len(face), 3).index_copy_(0, covered, torch.stack(colour, -1)).reshape(*fragments.face.shape, 3)
 
-# %% ../../nbs/world/portraits.ipynb #e55a125e
+# %% ../../nbs/world/portraits.ipynb #5a9922e4
 def _film(linear):
     "A shoulder for highlights, so that they do not clip."
     return torch.where(linear < .7, linear, .7 + .3*torch.tanh((linear - .7)/.3))
 
-@lru_cache(maxsize=1)
+@per_device
 def _canonical():
-    head = load_head()
-    scalp, beard = roots()
-    at_root = torch.cat([scalp.position, beard.position]).repeat_interleave(int(ribbon_faces().max() + 1)//(len(scalp.position) + len(beard.position)), 0)
-    return torch.cat([head.model.mean, at_root, torch.zeros(int(accessory_faces().max()) + 1, 3)])
+    at_root = torch.cat([part.position for part in roots()]).repeat_interleave(RIBBON, 0)
+    return torch.cat([load_head().model.mean, at_root, torch.zeros(int(accessory_faces().max()) + 1, 3)])
 
 def _pncc(fragments, which):
     "Canonical position of the nearest of each pixel's four samples."
-    size, faces = len(which), topology()[0]
-    row, column = torch.arange(size)[:, None], torch.arange(size)
-    sample = ((2*row + which//2)*2*size + 2*column + which % 2).flatten()
-    corner = _canonical()[faces[fragments.face.flatten()[sample].clamp(min=0).long()]]
-    return torch.einsum('nkc,nk->nc', corner, fragments.bary.reshape(-1, 3)[sample]).reshape(size, size, 3)
+    (b, size, _), device = which.shape, which.device
+    view, row, column = (torch.arange(n, device=device) for n in (b, size, size))
+    sample = (((view[:, None, None]*size + row[:, None])*2 + which//2)*2*size + 2*column + which % 2).flatten()
+    face = fragments.face.flatten().index_select(0, sample).clamp(min=0)
+    corner = _canonical(device=device).index_select(0, topology(device=device)[0].index_select(0, face).flatten()).unflatten(0, (-1, 3))
+    return (corner*fragments.bary.reshape(-1, 3).index_select(0, sample)[..., None]).sum(1).reshape(b, size, size, 3)
 
-def _seen(landmarks, depth, nearest, size, tolerance=.005): # 2.4 mm
+def _seen(landmarks, depth, nearest, tolerance=.005): # 2.4 mm
+    size, view = nearest.shape[1], torch.arange(len(nearest), device=nearest.device)
     inside = ((landmarks > 0) & (landmarks < 1)).all(-1)
-    pixel = (landmarks*size).long().clamp(0, size - 1)
-    there = nearest[:, pixel[0, :, 1], pixel[0, :, 0]]
-    return inside & ((depth - there).abs() <= tolerance)
+    column, row = (landmarks*size).long().clamp(0, size - 1).unbind(-1)
+    return inside & ((depth - nearest[view[:, None], row, column]).abs() <= tolerance)
 
-# %% ../../nbs/world/portraits.ipynb #5ce78dc1
+# %% ../../nbs/world/portraits.ipynb #ba4a4072
 def render(
     bust:Bust,
     beta:Float[Tensor, "b 52"],   # expressions
     camera:Camera,                 # as many as expressions
     size:int=128,                  # pixels, square
     backend:str="auto",            # of `rasterize`
-)->Views:
+    chunk:int|None=None,           # views at a time; None: one on a CPU, all on a GPU
+)->Views:                          # on the device of the bust
     "Pictures of one person, one per expression and camera."
     if beta.ndim != 2 or beta.shape[1] != 52 or not beta.isfinite().all():
         raise InputError(f"beta must be (b, 52) finite numbers, got {tuple(beta.shape)}{'' if beta.isfinite().all() else ' with NaN or infinity'}")
     if size < 1: raise InputError(f"size must be at least 1 pixel, got {size}")
     if len(camera) != len(beta): raise InputError(f"camera must hold one camera per expression ({len(beta)}), got {len(camera)}")
-    views = [_render_one(bust, b, camera[i:i + 1], size, backend) for i, b in enumerate(beta)]
+    if chunk is not None and chunk < 1: raise InputError(f"chunk must be at least 1 view, got {chunk}")
+    device = bust.neutral.device
+    beta, camera = beta.to(device), camera.to(device)
+    step = chunk or (1 if device.type == 'cpu' else max(len(beta), 1))
+    views = [_render_chunk(bust, beta[i:i + step], camera[i:i + step], size, backend) for i in range(0, len(beta), step)]
     join = lambda name: torch.cat([v[name] for v in views])
     back = background(bust.person.scene, camera, size)
     rgb = to_srgb(_film(join('rgb') + (1 - join('mask'))*back))
@@ -190,20 +208,21 @@ def render(
     return Views(channels(rgb), channels(join('mask')), channels(join('depth')), channels(join('pncc')), join('landmarks'),
                  join('visible'), camera, beta)
 
-def _render_one(bust, beta, camera, size, backend):
-    faces, _ = topology()
+def _quarters(x, size):
+    "The four samples of each pixel, in a list."
+    x = x.unflatten(2, (size, 2)).unflatten(1, (size, 2))
+    return [x[:, :, i, :, j] for i in (0, 1) for j in (0, 1)]
+
+def _render_chunk(bust, beta, camera, size, backend):
+    faces, marks = topology(device=beta.device)[0], load_head(device=beta.device).model.landmarks68
     vertices = bend(bust, beta)
-    view = F.normalize(camera.position[0] - vertices.new_tensor([0., 0., .15]), dim=0)
-    arriving, normals = shade_vertices(bust, vertices, view)
-    attributes = torch.cat([bust.place, arriving, normals, bust.gloss[:, None]], -1)
-    uv, depth = camera.project(vertices[None])
+    view = F.normalize(camera.position - constant((0., 0., .15), beta.device), dim=-1)
+    uv, depth = camera.project(vertices)
     fragments = rasterize(camera_to_raster(uv, depth, 2*size, 2*size), faces, 2*size, 2*size, backend)
-    linear = _shade(bust, fragments, interpolate(attributes, faces, fragments), view)
-    quarter = lambda x: x.reshape(size, 2, size, 2, -1).transpose(1, 2).reshape(1, size, size, 4, -1)
-    samples = quarter(fragments.depth)[..., 0]
+    linear = _shade(bust, fragments, interpolate(shade_vertices(bust, vertices, view), faces, fragments, backend), view)
+    samples = torch.stack(_quarters(fragments.depth, size), -1)
     nearest, which = samples.min(-1)
-    whole = samples.amax(-1, keepdim=True) < math.inf
-    landmarks = uv[:, load_head().model.landmarks68]
-    return dict(rgb=quarter(linear).mean(-2), mask=(samples < math.inf).float().mean(-1, keepdim=True),
-                depth=torch.where(whole, nearest[..., None], math.inf), pncc=torch.where(whole, _pncc(fragments, which[0])[None], 0.),
-                landmarks=landmarks, visible=_seen(landmarks, depth[:, load_head().model.landmarks68], nearest, size))
+    hits = (samples < math.inf).sum(-1, keepdim=True)
+    whole = hits == 4
+    return dict(rgb=sum(_quarters(linear, size))/4, mask=hits/4, depth=torch.where(whole, nearest[..., None], math.inf),
+                pncc=torch.where(whole, _pncc(fragments, which), 0.), landmarks=uv[:, marks], visible=_seen(uv[:, marks], depth[:, marks], nearest))

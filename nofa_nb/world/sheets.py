@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Kind', 'label', 'grid', 'identities', 'units', 'views', 'sheet']
 
-# %% ../../nbs/world/sheets.ipynb #870e8b69
+# %% ../../nbs/world/sheets.ipynb #b116018f
 from collections.abc import Iterator
 import math
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..core.errors import need
 from ..core.io import write_image
 from ..core.repro import generator
 from ..geometry.cameras import Camera
-from .bust import Bust, dress, sample_person
+from .bust import Bust, dress, sample_person, texture_size
 from .head import load_head
 from .motion import sample_expression, unit_sheet
 from .portraits import render
@@ -52,7 +52,7 @@ def grid(
     h, w = tiles.shape[1:3]
     return tiles.reshape(rows, columns, h, w, 3).swapaxes(1, 2).reshape(rows*h, columns*w, 3)
 
-# %% ../../nbs/world/sheets.ipynb #55edc897
+# %% ../../nbs/world/sheets.ipynb #d15860bf
 def _picture(bust:Bust, beta:Float[Tensor, "52"], yaw:float, pitch:float, size:int)->UInt8[np.ndarray, "h w 3"]:
     "One rendered tile; angles in degrees."
     view = render(bust, beta[None], Camera.orbit(math.radians(yaw), math.radians(pitch)), size)
@@ -66,14 +66,14 @@ def identities(
     "Different people."
     for who in range(seed, seed + count):
         yaw, pitch = (2*torch.rand(2, generator=generator(who, "sheet")) - 1).tolist()
-        yield _picture(dress(sample_person(who), 2*size), sample_expression(who)[0], 30*yaw, 10*pitch, size)
+        yield _picture(dress(sample_person(who), texture_size(size)), sample_expression(who)[0], 30*yaw, 10*pitch, size)
 
 def units(
     seed:int, # of the person
     size:int, # pixels of a tile
 )->Iterator[UInt8[np.ndarray, "h w 3"]]:
     "The expression units."
-    bust = dress(sample_person(seed), 2*size)
+    bust = dress(sample_person(seed), texture_size(size))
     for name, beta in zip(load_head().model.exp_names, unit_sheet()): yield label(_picture(bust, beta, 0, 0, size), name)
 
 def views(
@@ -84,7 +84,7 @@ def views(
     "Nine yaws and three pitches."
     limits = WorldConfig()
     for who in range(seed, seed + people):
-        bust, neutral = dress(sample_person(who), 2*size), torch.zeros(52)
+        bust, neutral = dress(sample_person(who), texture_size(size)), torch.zeros(52)
         for pitch in (limits.pitch, 0., -limits.pitch):
             for yaw in np.linspace(-limits.yaw, limits.yaw, 9): yield _picture(bust, neutral, float(yaw), pitch, size)
 
