@@ -250,8 +250,8 @@ def convert_eg3d(args:argparse.Namespace)->None:
     found = convert(args.pickle, args.out, network=args.network)
     print(f"{args.out}: {found['class_name']} ({found['licence']})")
 
-# %% ../../nbs/apps/cli.ipynb #fa3fcb2f
-PORTRAITS = dict(smoke=(48, 4, 8), small=(20_000, 8, 50), base=(100_000, 8, 200), paper=(1_000_000, 8, 1000)) # to learn from, of each person, people to measure on
+# %% ../../nbs/apps/cli.ipynb #e8ab9738
+PORTRAITS = dict(smoke=(48, 4, 8), small=(20_000, 2, 50), base=(100_000, 2, 200), paper=(1_000_000, 2, 1000)) # to learn from, of each person, people to measure on
 
 def train_prior_arguments(parser:argparse.ArgumentParser)->None:
     parser.add_argument("--preset", choices=sorted(PORTRAITS), default="small", help="sizes of everything")

@@ -73,7 +73,7 @@ def part_boxes(
         boxes.append(torch.cat([low, high], -1).clamp(0, 1).where(seen.sum(1) >= 2, 0.))
     return torch.stack(boxes, 1)
 
-# %% ../../nbs/data/rays.ipynb #4bb29cfc
+# %% ../../nbs/data/rays.ipynb #2058e2ce
 class RayBatch(NamedTuple):
     "Random rays of b pictures."
     code:Float[Tensor, "b 198"]
@@ -92,11 +92,11 @@ class RayWeights:
     def __post_init__(self):
         for f in fields(self): need(getattr(self, f.name) > 0, f"weights.{f.name}", "above 0", getattr(self, f.name))
 
-# %% ../../nbs/data/rays.ipynb #b5534a05
 @lru_cache(maxsize=4)
 def _shuffled(count:int, seed:int, epoch:int, stream:str)->list[int]:
     return torch.randperm(count, generator=generator(seed, stream, epoch)).tolist()
 
+# %% ../../nbs/data/rays.ipynb #1942bbc2
 @dataclass(frozen=True, eq=False)
 class RaySet:
     "Pictures in memory."

@@ -8,7 +8,7 @@ __all__ = ['Objective', 'STAGES', 'MASK', 'real_loss', 'fake_loss', 'r1_loss', '
            'low_planes', 'psnr', 'ssim', 'Views', 'draw', 'truth_of', 'box_mask', 'score', 'Prior', 'Game', 'Pair',
            'Play', 'comparison', 'orbit']
 
-# %% ../../nbs/training/prior.ipynb #041a25d2
+# %% ../../nbs/training/prior.ipynb #f756daf5
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 import math
@@ -33,7 +33,9 @@ from ..models.generator import TriplaneGenerator, build_generator
 from ..models.renderer import Field, Renderer, Rendering, composite, query
 from ..models.triplane import split_planes
 from ..ops.upfirdn2d import resize
-from .loop import Losses, Moment, Stage, Training, cosine, warm_up
+from .loop import Moment, Stage, Training, cosine, warm_up
+
+Objective = Literal["gan", "warm", "warm+gan"]
 
 # %% ../../nbs/training/prior.ipynb #bb0eefc0
 def real_loss(
@@ -135,9 +137,7 @@ def raw_resolution(
     grown = (images / 1000 - start) / kimg if kimg else float(images >= 1000 * start)
     return round(first + (last - first) * min(max(grown, 0.), 1.))
 
-# %% ../../nbs/training/prior.ipynb #9cd225e2
-Objective = Literal["gan", "warm", "warm+gan"]
-
+# %% ../../nbs/training/prior.ipynb #8e951dbd
 @dataclass(frozen=True)
 class PriorStage:
     "Training of the 3D prior; the defaults are EG3D's for FFHQ at 512 px."
@@ -170,6 +170,7 @@ class PriorStage:
     warm_end:float              = .02     # of the rate, at the last step; ours
     warm_up:int                 = 100     # steps; ours
     mapping_gain:float          = 30.     # of the rate in the mapping network, whose layers learn 100 times slower; ours
+    decoder_gain:float          = 4.      # of the rate in the decoder: densities have far to go; ours
     rays:int                    = 320     # of each picture
     weights:RayWeights          = RayWeights() # foreground, and eyes, brows and mouth
     near:int                    = 6       # samples near the known distance, beside depth_coarse stratified ones
@@ -197,13 +198,14 @@ class PriorStage:
     @property
     def adversarial(self)->bool: return self.objective != "warm"
 
+# %% ../../nbs/training/prior.ipynb #e8acacfa
 STAGES = MappingProxyType({
     "smoke": PriorStage("warm", steps=200, batch=4, rays=96, near=2, warm_up=10, ema_half_life=.04, raw_first=16), # seconds
     "small": PriorStage("warm", steps=20_000, batch=8, ema_half_life=2., raw_first=64, backbone_bf16=True), # the recipe, longer
     "base": PriorStage("warm+gan", steps=60_000, batch=16, rays=512, near=12, ema_half_life=5., raw_first=64, backbone_bf16=True), # ours
     "paper": PriorStage()})
 
-# %% ../../nbs/training/prior.ipynb #a82f7a54
+# %% ../../nbs/training/prior.ipynb #f4fd8c20
 def trace(
     field:Field,
     renderer:Renderer,
@@ -226,7 +228,7 @@ def trace(
     seen = composite(features, density, depths, renderer.white_back)
     return seen._replace(depth=seen.depth.nan_to_num(posinf=renderer.ray_end if renderer.ray_end != "auto" else 0.))
 
-# %% ../../nbs/training/prior.ipynb #83b17a6e
+# %% ../../nbs/training/prior.ipynb #882cfd1f
 MASK = 3 # feature of the foreground, in the renderer's range [-1, 1]
 
 def with_mask(
@@ -250,7 +252,7 @@ def warm_losses(
             "mask": stage.w_mask * (mask - truth.mask).abs().mean(),
             "depth": stage.w_depth * (1. if part < .5 else .5) * away}
 
-# %% ../../nbs/training/prior.ipynb #53f77d4f
+# %% ../../nbs/training/prior.ipynb #33a49bf2
 def gradient_loss(
     found:Float[Tensor, "b n c"], # n = side^2, row by row
     truth:Float[Tensor, "b n c"],
@@ -260,7 +262,7 @@ def gradient_loss(
     error = (found - truth).unflatten(1, (side, side))
     return error.diff(dim=1).abs().mean() + error.diff(dim=2).abs().mean()
 
-# %% ../../nbs/training/prior.ipynb #9d06daaa
+# %% ../../nbs/training/prior.ipynb #a234d9ca
 def low_planes(
     model:TriplaneGenerator,
     ws:Float[Tensor, "b n w"],
@@ -274,7 +276,7 @@ def low_planes(
     x = x.to(torch.bfloat16, memory_format=torch.channels_last)
     return split_planes(network.run(ws, noise, x, image, first=second)[1])
 
-# %% ../../nbs/training/prior.ipynb #8a0e803a
+# %% ../../nbs/training/prior.ipynb #4650ebee
 def psnr(
     image:Float[Tensor, "b c h w"],                # in [0, 1]
     truth:Float[Tensor, "b c h w"],
@@ -298,7 +300,7 @@ def ssim(
     va, vb, ab = mean(image**2) - a**2, mean(truth**2) - b**2, mean(image * truth) - a * b
     return ((2*a*b + .01**2) * (2*ab + .03**2) / ((a**2 + b**2 + .01**2) * (va + vb + .03**2))).flatten(1).mean(1)
 
-# %% ../../nbs/training/prior.ipynb #fa5bab0e
+# %% ../../nbs/training/prior.ipynb #0c38375e
 class Views(NamedTuple):
     "What a generator makes of codes and cameras, at the size of the image."
     image:Float[Tensor, "b 3 h w"]    # in [0, 1]
@@ -331,7 +333,7 @@ def truth_of(
     image = lambda t: t.mT.unflatten(2, (size, size))
     return Views(image(rays.rgb) / 2 + .5, image(rays.mask), image(rays.distance))
 
-# %% ../../nbs/training/prior.ipynb #9bc02d64
+# %% ../../nbs/training/prior.ipynb #139a16cf
 def box_mask(
     boxes:Float[Tensor, "b k 4"], # x0, y0, x1, y1 in [0, 1]
     size:int,
@@ -358,7 +360,7 @@ def score(
             "psnr_eyes_mouth": psnr(image, truth.image, box_mask(data.boxes[:, 2:], data.size))}
     return {name: values.numpy().astype(np.float64) for name, values in rows.items()}
 
-# %% ../../nbs/training/prior.ipynb #06762146
+# %% ../../nbs/training/prior.ipynb #0242881a
 class Prior(Stage):
     "Trains the generator, and where the objective has it the discriminator."
     def __init__(self,
@@ -392,9 +394,9 @@ class Prior(Stage):
         s, g = self.stage, self.generator
         if not s.warm: groups, settings = [{"params": list(g.parameters())}], lazy(s.lr_generator, s.betas, s.density_every)
         else:
-            mapping = list(g.backbone.mapping.parameters())
-            rest = [p for p in g.parameters() if all(p is not m for m in mapping)]
-            groups = [{"params": rest}, {"params": mapping, "lr": s.warm_lr * s.mapping_gain}]
+            parts = {id(p): s.mapping_gain for p in g.backbone.mapping.parameters()} | {id(p): s.decoder_gain for p in g.decoder.parameters()}
+            gains = {gain: [p for p in g.parameters() if parts.get(id(p), 1.) == gain] for gain in {1.: 0, s.mapping_gain: 0, s.decoder_gain: 0}}
+            groups = [{"params": held, "lr": s.warm_lr * gain} for gain, held in gains.items() if held]
             settings = dict(lr=s.warm_lr, betas=s.warm_betas)
         found = {"generator": torch.optim.Adam(groups, eps=1e-8, **settings)}
         if s.adversarial:
@@ -466,7 +468,7 @@ class Prior(Stage):
         z = torch.randn(6, self.generator_config.z_dim, generator=generator, device=generator.device)
         return orbit(modules["generator"], z)
 
-# %% ../../nbs/training/prior.ipynb #900a1b7e
+# %% ../../nbs/training/prior.ipynb #09ef5cc1
 class Game(NamedTuple):
     "Data of the adversarial terms."
     image:Float[Tensor, "b 3 h w"]  # real, in [-1, 1]
@@ -525,7 +527,7 @@ class Play:
         s, g, ws = self.prior.stage, self.prior.generator, self.codes()
         return density_loss(g.field(self.prior.planes(ws, self.random)), len(ws), self.random, s.density_points, s.density_distance, g.renderer.box_warp)
 
-# %% ../../nbs/training/prior.ipynb #5805f6a1
+# %% ../../nbs/training/prior.ipynb #423d8fc5
 def _grey(distance:Tensor)->Tensor: # nearer is lighter
     return ((3.1 - distance.nan_to_num(posinf=3.1)) / .8).clamp(0, 1).expand(-1, 3, -1, -1)
 

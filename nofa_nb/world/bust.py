@@ -202,12 +202,12 @@ def head_normals(
     x, y, z = total.unbind(1)
     return (total*torch.rsqrt(x*x + y*y + z*z + 1e-24)[:, None]).mT
 
-# %% ../../nbs/world/bust.ipynb #c12911d8
+# %% ../../nbs/world/bust.ipynb #d6b0e68e
 def texture_size(
     size:int, # pixels of the picture
-)->int:       # texels of the disc, 128 to 1024
+)->int:       # texels of the disc, 64 to 1024
     "The texture that suits a picture."
-    return min(max(2*size, 128), 1024)
+    return min(max(2*size, 64), 1024)
 
 # %% ../../nbs/world/bust.ipynb #5b2890b8
 def _hair_tint(look, ribbons):

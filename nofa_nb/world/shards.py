@@ -6,7 +6,7 @@
 __all__ = ['ImageKind', 'JPEG_QUALITY', 'NUMBERS', 'LICENCE', 'encode', 'decode', 'write_shard', 'Plan', 'build', 'read_manifest',
            'verify', 'ShardSet']
 
-# %% ../../nbs/world/shards.ipynb #6ecb7277
+# %% ../../nbs/world/shards.ipynb #446ffabf
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -23,6 +23,7 @@ from ..core.config import WorldConfig
 from ..core.errors import InputError, MissingResource, need
 from ..core.io import atomic_path, read_json, write_json
 from ..core.repro import code_version, generator, hash_config, hash_file, package_versions
+from .bust import texture_size
 from .sets import Portrait, Portraits, Sampling, SetConfig, World, person_views, split_seeds
 
 # %% ../../nbs/world/shards.ipynb #fe45212d
@@ -164,7 +165,7 @@ def _need_room(out:Path, plan:Plan, todo:int, free:int|None=None)->None: # todo:
     need(wanted < free, "out", f"on a disk with about {wanted/1e9:.3g} GB free", f"{free/1e9:.3g} GB at {out}",
          "choose another disk, or fewer identities, views or pixels")
 
-# %% ../../nbs/world/shards.ipynb #66fc348a
+# %% ../../nbs/world/shards.ipynb #db46daa6
 def build(
     out:str|Path,              # folder for the shards and the manifest
     split:str="train",         # or "validation" or "test"
@@ -184,7 +185,7 @@ def build(
                                ("per_shard", per_shard, 1)):
         need(isinstance(value, int) and value >= least, name, f"a whole number from {least}", repr(value))
     need(image in ("png", "jpg"), "image", "png or jpg", repr(image))
-    config = SetConfig(replace(sizes, resolution=size, texture=2*size, views=views), world=world, sampling=sampling)
+    config = SetConfig(replace(sizes, resolution=size, texture=texture_size(size), views=views), world=world, sampling=sampling)
     seeds = split_seeds(config.sizes, split, seed0, identities)
     return _build(Path(out), Plan(config, split, seeds.start, identities, per_shard, image), workers)
 
