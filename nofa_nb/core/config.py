@@ -152,7 +152,7 @@ class Readings:
     boxes:Literal["points", "hull"] = "points"                 # 11: from five points, or the hull of dense landmarks
     batch:Literal["global", "per_gpu"] = "global"              # 14: what "batch 4 on 4 GPUs" counts
 
-# %% ../../nbs/core/config.ipynb #fdae887c
+# %% ../../nbs/core/config.ipynb #c0ca841e
 @dataclass(frozen=True)
 class Preset:
     "All sizes of one scale."
@@ -173,7 +173,7 @@ _SMOKE = Preset("smoke", # sizes chosen here: as small as runs every line of the
     WorldConfig(resolution=32, texture=64, views=2),
     generator=GeneratorConfig(z_dim=198, w_dim=32, label_dim=0, # z is the world's code: 100 + 46 + 52 numbers
         plane_resolution=32, plane_channels=8, channels=(32, 24, 16), # 8 to 32 px
-        decoder_width=16, raw_channels=3, raw_resolution=16, image_resolution=32, super_resolution="2X", # so that it is run
+        decoder_width=16, raw_channels=4, raw_resolution=16, image_resolution=32, super_resolution="2X", # so that it is run
         depth_coarse=6, depth_fine=2),
     deformation=DeformationConfig(octaves=4, deform_layers=3, deform_width=32, deform_skip=1, # reading 9: smaller
         weight_layers=2, weight_width=16, **_WORLD_FACE))
@@ -182,7 +182,7 @@ _SMALL = Preset("small", # the recipe: a prior of this size, trained on two CPU 
     WorldConfig(resolution=64, texture=128), # the recipe
     generator=GeneratorConfig(z_dim=198, w_dim=128, label_dim=0, # the recipe: z is the world's code; w chosen here
         plane_resolution=64, plane_channels=16, channels=(192, 128, 96, 64), # the recipe: 8 to 64 px
-        decoder_width=32, decoder_layers=2, raw_channels=3, # the recipe: 16-32-32-4
+        decoder_width=32, decoder_layers=2, raw_channels=4, # the recipe's 16-32-32-4 and a mask beside colour and density
         raw_resolution=64, image_resolution=64, super_resolution="none", # the recipe
         depth_coarse=18, depth_fine=6), # the recipe
     deformation=DeformationConfig(octaves=6, deform_layers=4, deform_width=96, deform_skip=2, # reading 9: smaller
