@@ -35,14 +35,7 @@ from nofa_nb.world.clips import (
 from nofa_nb.world.motion import UNIT, neutral_motion, sample_motion, still
 
 SIZE = 32
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,7 @@ from nofa_nb.world.sets import PortraitSet, SetConfig, person_views
 SMOKE = preset("smoke")
 CONFIG = SetConfig(replace(SMOKE.world, views=4))
 SHORT = dict(log_every=1, sample_every=0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ __all__ = ['LOOK', 'SCENE', 'SKIN', 'HAIR', 'HAIR_RED', 'HAIR_GREY', 'IRIS', 'CE
            'bake']
 
 # %% ../../nbs/world/appearance.ipynb #46fd7754
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
 import math
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from ..core.errors import InputError
 from ..core.repro import generator

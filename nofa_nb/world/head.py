@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from ..core.errors import InputError, MissingResource
-from ..core.io import load_arrays, save_arrays
+from ..core.io import load_arrays
 from ..geometry.morphable import MorphableModel
 
 # %% ../../nbs/world/head.ipynb #3594dd6b

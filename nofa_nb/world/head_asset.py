@@ -9,11 +9,10 @@ __all__ = ['UNITS_PER_DM', 'ORIGIN', 'HELPERS', 'FACE_TARGETS', 'NOT_FACE', 'OPP
            'principal_components', 'held_out_error', 'build_head_asset']
 
 # %% ../../nbs/world/head_asset.ipynb #f24daf0a
-import os
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from ..core.errors import InputError, MissingResource
 from ..core.io import save_arrays
 

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 import io, json, os, shutil, tarfile, zipfile
 from pathlib import Path
-import time
 from typing import Literal
 import numpy as np
 import torch
