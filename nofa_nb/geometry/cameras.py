@@ -149,7 +149,7 @@ def pose_angles(
     yaw = torch.atan2(-r[:, 2, 0], torch.hypot(r[:, 2, 1], r[:, 2, 2]))
     return torch.stack([torch.atan2(r[:, 2, 1], r[:, 2, 2]), yaw, torch.atan2(r[:, 1, 0], r[:, 0, 0])], -1)
 
-# %% ../../nbs/geometry/cameras.ipynb #fc41c7ba
+# %% ../../nbs/geometry/cameras.ipynb #a9ebafb8
 @dataclass(frozen=True, eq=False)
 class Camera:
     "A batch of pinhole cameras in EG3D's conventions."
@@ -305,6 +305,18 @@ class Camera:
         k = self.intrinsics.clone()
         k[:, 0, 1], k[:, 0, 2] = -k[:, 0, 1], 1 - k[:, 0, 2]
         return Camera(flip[:, None] * self.cam_to_world * flip, k)
+
+    def crop(self,
+        x0:float|Float[Tensor, "b"], # left edge of the part, in widths of the picture
+        y0:float|Float[Tensor, "b"], # upper edge, y down
+        side:float,                  # of the square part
+    )->"Camera":
+        "The camera of a square part of the picture: the same place, other intrinsics."
+        need(side > 0, "side", "above 0", side)
+        k = self.intrinsics.clone()
+        k[:, 0, 2], k[:, 1, 2] = k[:, 0, 2] - x0, k[:, 1, 2] - y0
+        k[:, :2] = k[:, :2] / side
+        return Camera(self.cam_to_world, k)
 
     def to(self, *args, **kwargs)->"Camera":
         "Move or cast, like `Tensor.to`."

@@ -58,7 +58,7 @@ def upfirdn2d(
     need(up >= 1 and down >= 1, "up, down", "whole numbers from 1", f"{up}, {down}")
     return upfirdn2d_ref(x, kernel, up, down, padding, gain)
 
-# %% ../../nbs/ops/upfirdn2d.ipynb #7a7c8860
+# %% ../../nbs/ops/upfirdn2d.ipynb #042189cd
 def _around(size:int, up:int=1, down:int=1, extra:int=0)->tuple[int, int, int, int]:
     "Padding that centres a filter of `size` taps on the samples."
     before = (size + up - 1) // 2 if up > 1 else (size - down + 1) // 2
@@ -66,13 +66,27 @@ def _around(size:int, up:int=1, down:int=1, extra:int=0)->tuple[int, int, int, i
     return (before + extra, after + extra) * 2
 
 
+def _bands(line:Tensor, size:int, factor:int)->Tensor: # (factor * size, size)
+    "The matrix that enlarges a line of `size` samples."
+    impulses = torch.eye(size, dtype=line.dtype, device=line.device)[:, None, :, None] # one line per sample
+    found = F.conv_transpose2d(impulses, factor * line[None, None, :, None], stride=(factor, 1))
+    before = len(line) - 1 - _around(len(line), up=factor)[0]
+    return found[:, 0, before:before + factor * size, 0].T
+
+
 def upsample2d(
     x:Float[Tensor, "b c h w"],
-    kernel:Float[Tensor, "k k"],
+    kernel:Float[Tensor, "k k"],   # separable, as `setup_filter` makes it
     factor:int=2,
 )->Float[Tensor, "b c h2 w2"]: # factor times as large; same mean, away from the borders
     "Enlarge."
-    return upfirdn2d(x, kernel, up=factor, padding=_around(len(kernel), up=factor), gain=factor ** 2)
+    need_shape("x", x, "b c h w")
+    b, c, h, w = x.shape
+    line = kernel.sum(1)
+    tall, wide = (_bands(line, n, factor).to(x.dtype) for n in (h, w))
+    y = torch.matmul(wide, x.permute(0, 2, 3, 1).reshape(b * h, w, c))
+    y = torch.matmul(tall, y.reshape(b, h, -1))
+    return y.reshape(b, factor * h, factor * w, c).permute(0, 3, 1, 2)
 
 
 def downsample2d(

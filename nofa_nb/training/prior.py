@@ -8,7 +8,7 @@ __all__ = ['Objective', 'STAGES', 'MASK', 'real_loss', 'fake_loss', 'r1_loss', '
            'low_planes', 'psnr', 'ssim', 'Views', 'draw', 'truth_of', 'box_mask', 'score', 'Prior', 'Game', 'Pair',
            'Play', 'comparison', 'orbit']
 
-# %% ../../nbs/training/prior.ipynb #f756daf5
+# %% ../../nbs/training/prior.ipynb #f4144857
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 import math
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..core.config import GeneratorConfig
 from ..core.errors import need
 from ..core.repro import generator as stream
-from ..data.rays import CODE, RayBatch, RaySet, RayWeights, latent, ray_directions
+from ..data.rays import RayBatch, RaySet, RayWeights, ray_directions
 from ..geometry.cameras import Camera
 from ..geometry.sampling import ray_bounds, stratified_depths
 from ..layers.stylegan import Noise, noise_per_layer
@@ -33,6 +33,7 @@ from ..models.generator import TriplaneGenerator, build_generator
 from ..models.renderer import Field, Renderer, Rendering, composite, query
 from ..models.triplane import split_planes
 from ..ops.upfirdn2d import resize
+from ..world.latent import LATENT, latent
 from .loop import Moment, Stage, Training, cosine, warm_up
 
 Objective = Literal["gan", "warm", "warm+gan"]
@@ -137,7 +138,7 @@ def raw_resolution(
     grown = (images / 1000 - start) / kimg if kimg else float(images >= 1000 * start)
     return round(first + (last - first) * min(max(grown, 0.), 1.))
 
-# %% ../../nbs/training/prior.ipynb #8e951dbd
+# %% ../../nbs/training/prior.ipynb #14d2bd5b
 @dataclass(frozen=True)
 class PriorStage:
     "Training of the 3D prior; the defaults are EG3D's for FFHQ at 512 px."
@@ -165,12 +166,12 @@ class PriorStage:
     adversarial_from:float      = .7      # part of the steps after which "warm+gan" plays the game; ours
     adversarial_weight:float    = .02     # of the generator's logistic loss beside the warm terms; ours
     # the warm start: the recipe that worked on a CPU, unless it says "ours"
-    warm_lr:float               = .03     # Adam, cosine; ours: the recipe's 2.5e-3 stalls, as these layers store their weights with unit spread
+    warm_lr:float               = .06     # Adam, cosine; ours: the recipe's 2.5e-3 stalls, as these layers store their weights with unit spread
     warm_betas:tuple[float, float] = (.9, .99) # ours
     warm_end:float              = .02     # of the rate, at the last step; ours
     warm_up:int                 = 100     # steps; ours
-    mapping_gain:float          = 30.     # of the rate in the mapping network, whose layers learn 100 times slower; ours
-    decoder_gain:float          = 4.      # of the rate in the decoder: densities have far to go; ours
+    mapping_gain:float          = 60.     # of the rate in the mapping network, whose layers learn 100 times slower; ours
+    decoder_gain:float          = 1.      # of the rate in the decoder: densities have far to go; ours
     rays:int                    = 320     # of each picture
     weights:RayWeights          = RayWeights() # foreground, and eyes, brows and mouth
     near:int                    = 6       # samples near the known distance, beside depth_coarse stratified ones
@@ -198,10 +199,10 @@ class PriorStage:
     @property
     def adversarial(self)->bool: return self.objective != "warm"
 
-# %% ../../nbs/training/prior.ipynb #e8acacfa
+# %% ../../nbs/training/prior.ipynb #5d9ace21
 STAGES = MappingProxyType({
     "smoke": PriorStage("warm", steps=200, batch=4, rays=96, near=2, warm_up=10, ema_half_life=.04, raw_first=16), # seconds
-    "small": PriorStage("warm", steps=20_000, batch=8, ema_half_life=2., raw_first=64, backbone_bf16=True), # the recipe, longer
+    "small": PriorStage("warm", steps=20_000, batch=16, rays=160, ema_half_life=4., raw_first=64, backbone_bf16=True), # the recipe, longer
     "base": PriorStage("warm+gan", steps=60_000, batch=16, rays=512, near=12, ema_half_life=5., raw_first=64, backbone_bf16=True), # ours
     "paper": PriorStage()})
 
@@ -360,7 +361,7 @@ def score(
             "psnr_eyes_mouth": psnr(image, truth.image, box_mask(data.boxes[:, 2:], data.size))}
     return {name: values.numpy().astype(np.float64) for name, values in rows.items()}
 
-# %% ../../nbs/training/prior.ipynb #0242881a
+# %% ../../nbs/training/prior.ipynb #256dfa4a
 class Prior(Stage):
     "Trains the generator, and where the objective has it the discriminator."
     def __init__(self,
@@ -372,7 +373,7 @@ class Prior(Stage):
         measured:int=64,              # pictures that are measured during the training
     ):
         config = with_mask(config) if stage.warm else config
-        need(not stage.warm or config.z_dim == CODE, "generator.z_dim", f"{CODE}, the world's code, for {stage.objective}", config.z_dim)
+        need(not stage.warm or config.z_dim == LATENT, "generator.z_dim", f"{LATENT}, the world's latent code, for {stage.objective}", config.z_dim)
         need(data.size == config.image_resolution, "data", f"pictures of {config.image_resolution} px", f"{data.size} px")
         self.stage, self.generator_config, self.pictures = stage, config, data
         self.held_out = None if validation is None else validation[torch.arange(len(validation))[::max(1, len(validation) // measured)][:measured]]
@@ -415,7 +416,7 @@ class Prior(Stage):
             if self.generator.superresolution is not None: batch["images"] = data.images(torch.tensor(data.pick(samples, seed)[:s.wholes]))
         if s.adversarial and (not s.warm or part >= s.adversarial_from):
             real, fake = (torch.tensor(data.pick(samples, seed, name)) for name in ("real", "fake"))
-            z = latent(data.code[fake]) if s.warm else torch.stack([
+            z = data.z[fake] if s.warm else torch.stack([
                 torch.randn(self.generator_config.z_dim, generator=stream(seed, "z", i)) for i in samples])
             batch["game"] = Game(data.images(real), data.camera[real], z, data.camera[fake])
         return batch
@@ -442,7 +443,7 @@ class Prior(Stage):
     def _warm(self, batch:Mapping, moment:Moment, part:float)->dict[str, Tensor]:
         s, g, rays = self.stage, self.generator, batch["rays"]
         camera = Camera.from_label(rays.camera)
-        ws = g.map(latent(rays.code), camera)
+        ws = g.map(rays.z, camera)
         g.backbone.mapping.track(ws.detach())
         field = g.field(self.planes(ws))
         directions, _ = ray_directions(camera, rays.uv)
