@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from nofa_nb.core.config import preset
 from nofa_nb.core.errors import InputError
 from nofa_nb.core.repro import generator
-from nofa_nb.data.rays import RaySet, RayWeights, background_distance, collect, latent, ray_directions
+from nofa_nb.data.rays import RaySet, RayWeights, background_distance, collect, ray_directions
 from nofa_nb.geometry.cameras import Camera
 from nofa_nb.training import prior as P
 from nofa_nb.training.loop import Moment, make_fabric, train
+from nofa_nb.world.latent import latent
 from nofa_nb.world.sets import PortraitSet, SetConfig, person_views
 
 SMOKE = preset("smoke")
@@ -61,7 +62,8 @@ def test_rays_agree_with_the_pictures_at_their_pixels(data):
         torch.testing.assert_close(depth[b][face], truth[face], atol=1e-5, rtol=0)  # along the axis, as the world says
         assert ((points[b][back] - pivot).norm(dim=-1) - .5).abs().max() < 1e-4
         assert torch.equal(batch.distance[b, :, 0].isinf(), ~(face | back))
-        assert torch.equal(batch.code[b], torch.cat([p.code, p.beta])) and torch.equal(batch.camera[b], p.camera)
+        torch.testing.assert_close(batch.z[b], latent(torch.cat([p.code, p.beta])[None])[0])
+        assert torch.equal(batch.camera[b], p.camera)
 
 
 def test_distance_is_longer_than_depth_away_from_the_middle():
@@ -152,7 +154,7 @@ def test_samples_near_the_known_distance_sharpen_what_is_seen():
     o, d = torch.tensor([0., 0, 2.7]).expand(1, 100, 3), torch.tensor([0., 0, -1]).expand(1, 100, 3)
     known = torch.full((1, 100, 1), 2.7)
     renderer = replace(P.build_generator(SMOKE.generator).renderer, depth_coarse=6)
-    near, blind = (P.trace(slab, renderer, o, d, k, generator(0), 4, .02).depth for k in (known, known * torch.inf))
+    near, blind = (P.trace_known(slab, renderer, o, d, k, generator(0), 4, .02).depth for k in (known, known * torch.inf))
     assert (near - 2.7).abs().mean() < .5 * (blind - 2.7).abs().mean()
 
 
@@ -172,8 +174,8 @@ def test_scores_of_truth_are_perfect(data, monkeypatch):
 # training
 
 def test_it_learns(data, tmp_path):
-    stage = replace(P.STAGES["smoke"], steps=60, warm_up=5)
-    done = run(P.Prior(stage, SMOKE.generator, data, data), tmp_path, evaluate_every=60)
+    stage = replace(P.STAGES["smoke"], steps=120, warm_up=5)
+    done = run(P.Prior(stage, SMOKE.generator, data, data), tmp_path, evaluate_every=120)
     lines = log(tmp_path)
     def colour(part):
         return sum(r["generator/l1"] + r["generator/l2"] for r in part) / len(part)
@@ -252,7 +254,7 @@ def test_refusals(data):
     for bad in (dict(objective="gans"), dict(steps=0), dict(swap_end=2.)):
         with pytest.raises(InputError):
             P.PriorStage(**bad)
-    with pytest.raises(InputError, match="198"):
+    with pytest.raises(InputError, match="276"):
         P.Prior(P.STAGES["smoke"], replace(SMOKE.generator, z_dim=64), data)
     with pytest.raises(InputError, match="64 px"):
         P.Prior(P.STAGES["small"], preset("small").generator, data)

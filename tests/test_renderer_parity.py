@@ -54,7 +54,7 @@ def close(a, b, atol):
 
 def agree(seen, eg3d, prefix, features=FEATURES):
     close(seen.features, eg3d[prefix + "feature"].to(seen.features), features)
-    close(seen.weight, eg3d[prefix + "weights_sum"].to(seen.weight), FEATURES)
+    close(seen.weight, eg3d[prefix + "weights_sum"].to(seen.weight), features)
     close_depth(seen.depth, eg3d[prefix + "depth"].to(seen.depth), eg3d[prefix + "weights_sum"])
 
 
@@ -119,9 +119,10 @@ def test_parity_of_the_lookup(eg3d, planes):
     assert (other[:, 2] - eg3d["out/sampled_features"][:, 2]).abs().max() > 0.1  # the option is seen
 
 
-@pytest.mark.parametrize("dtype,limit", [(torch.float64, FEATURES), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("dtype,limit", [(torch.float64, FEATURES), (torch.float32, 1.3e-5)])
 def test_parity_from_planes_to_rays(eg3d, planes, decoder, dtype, limit):
-    # in float32 the planes' rounding comes on top of the renderer's, with a density twelve times as steep as usual
+    # in float32 the planes' rounding comes on top of the renderer's, with a density twelve times as steep as usual:
+    # EG3D's own float32 numbers are 1.3e-5 from float64
     decoder = Decoder(32).to(dtype).requires_grad_(False)
     decoder.load_state_dict(entries(eg3d, "state/decoder."))
     origins, directions = eg3d["out/ray_origins"].to(dtype), eg3d["out/ray_dirs"].to(dtype)

@@ -66,7 +66,7 @@ class CameraConfig:
     @property
     def field_of_view(self)->float: return 2 * math.degrees(math.atan(.5 / self.focal)) # degrees
 
-# %% ../../nbs/core/config.ipynb #30665ac5
+# %% ../../nbs/core/config.ipynb #33d2f2fa
 SuperResolution = Literal["none", "2X", "4X", "8X", "8XDC"] # EG3D's modules; "none": the raw image is the image
 
 def stylegan_channels(
@@ -90,6 +90,7 @@ class GeneratorConfig:
     channels:tuple[int, ...] = (512, 512, 512, 512, 512, 256, 128) # 4 to 256 px; EG3D base 32768, maximum 512
     decoder_width:int      = 64     # EG3D: one hidden layer of 64
     decoder_layers:int     = 1      # hidden layers
+    density_gain:float     = 1.     # of the decoder's density; EG3D has none
     raw_channels:int       = 32     # rendered, the first three are RGB; EG3D
     raw_resolution:int     = 128    # pixels, rendered before super-resolution; EG3D ffhq512-128
     image_resolution:int   = 512    # pixels; EG3D ffhq512-128
@@ -152,7 +153,7 @@ class Readings:
     boxes:Literal["points", "hull"] = "points"                 # 11: from five points, or the hull of dense landmarks
     batch:Literal["global", "per_gpu"] = "global"              # 14: what "batch 4 on 4 GPUs" counts
 
-# %% ../../nbs/core/config.ipynb #b05d2d2d
+# %% ../../nbs/core/config.ipynb #4d6ae184
 @dataclass(frozen=True)
 class Preset:
     "All sizes of one scale."
@@ -171,7 +172,7 @@ _WORLD_FACE = dict(identity_dim=100, expression_dim=52) # the world's own face m
 
 _SMOKE = Preset("smoke", # sizes chosen here: as small as runs every line of the code
     WorldConfig(resolution=32, texture=64, views=2),
-    generator=GeneratorConfig(z_dim=275, w_dim=32, label_dim=0, # z is the world's latent code: world.latent
+    generator=GeneratorConfig(z_dim=276, w_dim=32, label_dim=0, # z is the world's latent code: world.latent
         plane_resolution=32, plane_channels=8, channels=(32, 24, 16), # 8 to 32 px
         decoder_width=16, raw_channels=4, raw_resolution=16, image_resolution=32, super_resolution="2X", # so that it is run
         depth_coarse=6, depth_fine=2),
@@ -180,9 +181,9 @@ _SMOKE = Preset("smoke", # sizes chosen here: as small as runs every line of the
 
 _SMALL = Preset("small", # the recipe: a prior of this size, trained on two CPU cores for 15 minutes, reached 30 dB
     WorldConfig(resolution=64, texture=128), # the recipe
-    generator=GeneratorConfig(z_dim=275, w_dim=256, label_dim=0, # z is the world's latent code; with a w of 128 the images were 0.4 dB worse after two minutes
+    generator=GeneratorConfig(z_dim=276, w_dim=256, label_dim=0, # z is the world's latent code; with a w of 128 the images were 0.4 dB worse after two minutes
         plane_resolution=64, plane_channels=16, channels=(192, 128, 96, 64), # the recipe: 8 to 64 px
-        decoder_width=32, decoder_layers=2, raw_channels=4, # the recipe's 16-32-32-4 and a mask beside colour and density
+        decoder_width=32, decoder_layers=2, raw_channels=4, density_gain=30., # the recipe's 16-32-32-4 and a mask beside colour and density
         raw_resolution=64, image_resolution=64, super_resolution="none", # the recipe
         depth_coarse=18, depth_fine=6), # the recipe
     deformation=DeformationConfig(octaves=6, deform_layers=4, deform_width=96, deform_skip=2, # reading 9: smaller
@@ -190,9 +191,9 @@ _SMALL = Preset("small", # the recipe: a prior of this size, trained on two CPU 
 
 _BASE = Preset("base", # sizes chosen here, between `small` and EG3D
     WorldConfig(resolution=128, texture=256),
-    generator=GeneratorConfig(z_dim=275, w_dim=256, label_dim=0, # z is the world's latent code
+    generator=GeneratorConfig(z_dim=276, w_dim=256, label_dim=0, # z is the world's latent code
         plane_resolution=128, plane_channels=32, channels=(256, 256, 256, 192, 128, 96), # 4 to 128 px
-        raw_channels=16, raw_resolution=64, image_resolution=128, super_resolution="2X", # EG3D's module from 64 to 128 px
+        raw_channels=16, density_gain=30., raw_resolution=64, image_resolution=128, super_resolution="2X", # EG3D's module from 64 to 128 px
         depth_coarse=24, depth_fine=24), # half of EG3D's
     deformation=DeformationConfig(octaves=8, deform_layers=6, deform_width=128, deform_skip=3, # reading 9: smaller
         weight_layers=4, weight_width=64, **_WORLD_FACE))

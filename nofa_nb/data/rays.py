@@ -64,10 +64,10 @@ def part_boxes(
         boxes.append(torch.cat([low, high], -1).clamp(0, 1).where(seen.sum(1) >= 2, 0.))
     return torch.stack(boxes, 1)
 
-# %% ../../nbs/data/rays.ipynb #9fbdcb41
+# %% ../../nbs/data/rays.ipynb #921eadbf
 class RayBatch(NamedTuple):
     "Random rays of b pictures."
-    z:Float[Tensor, "b 275"]         # `latent` of the face
+    z:Float[Tensor, "b 276"]         # `latent` of the face
     camera:Float[Tensor, "b 25"]     # EG3D's label
     uv:Float[Tensor, "b n 2"]        # pixel centres, in [0, 1]
     rgb:Float[Tensor, "b n 3"]       # in [-1, 1]
@@ -87,7 +87,7 @@ class RayWeights:
 def _shuffled(count:int, seed:int, epoch:int, stream:str)->list[int]:
     return torch.randperm(count, generator=generator(seed, stream, epoch)).tolist()
 
-# %% ../../nbs/data/rays.ipynb #95d5e183
+# %% ../../nbs/data/rays.ipynb #31f96220
 @dataclass(frozen=True, eq=False)
 class RaySet:
     "Pictures in memory."
@@ -107,7 +107,7 @@ class RaySet:
     def size(self)->int: return self.rgb.shape[1] # pixels
 
     @cached_property
-    def z(self)->Float[Tensor, "n 275"]: return latent(self.code) # of each picture
+    def z(self)->Float[Tensor, "n 276"]: return latent(self.code) # of each picture
     def tensors(self)->dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("source", "data_hash")}
 

@@ -7,7 +7,7 @@ __all__ = ['Modulation', 'Noise', 'Noises', 'initial_weights', 'FullyConnected',
            'modulated_conv2d', 'SynthesisLayer', 'ToRGB', 'SynthesisBlock', 'noise_per_layer', 'SynthesisNetwork',
            'ConvLayer']
 
-# %% ../../nbs/layers/stylegan.ipynb #bd9d49d7
+# %% ../../nbs/layers/stylegan.ipynb #bbe5bcc7
 import itertools, math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.errors import need, need_shape
+from ..ops.modulate import demodulate, modulate
 from ..ops.bias_act import Activation, bias_act
 from ..ops.upfirdn2d import conv2d_resample, setup_filter, upsample2d
 
@@ -33,7 +34,7 @@ def initial_weights(
         torch.random.default_generator.manual_seed(seed)
         yield
 
-# %% ../../nbs/layers/stylegan.ipynb #3ba8ba87
+# %% ../../nbs/layers/stylegan.ipynb #80a3decc
 class FullyConnected(nn.Module):
     "Linear layer and activation; weights are scaled at use."
     def __init__(self,
@@ -52,8 +53,11 @@ class FullyConnected(nn.Module):
         x:Float[Tensor, "*n inputs"],
     )->Float[Tensor, "*n outputs"]:
         "Multiply, add, activate."
-        weight, bias = self.weight * (self.lr_multiplier / math.sqrt(self.weight.shape[1])), self.bias * self.lr_multiplier
-        return bias_act(F.linear(x, weight, bias), act=self.act)
+        return bias_act(F.linear(x, *self.folded()), act=self.act)
+
+    def folded(self)->tuple[Float[Tensor, "outputs inputs"], Float[Tensor, "outputs"]]:
+        "Weight and bias as they act."
+        return self.weight * (self.lr_multiplier / math.sqrt(self.weight.shape[1])), self.bias * self.lr_multiplier
 
 # %% ../../nbs/layers/stylegan.ipynb #9c269965
 def normalize_mean_square(
@@ -123,7 +127,7 @@ class MappingNetwork(nn.Module):
         "Move `w_avg` towards the mean of a batch."
         self.w_avg.lerp_(ws[:, 0].mean(0), 1 - self.average_decay)
 
-# %% ../../nbs/layers/stylegan.ipynb #c25fc9b9
+# %% ../../nbs/layers/stylegan.ipynb #0d315c25
 Modulation = Literal["weights", "activations"]
 
 def _modulate_weights(x:Tensor, weight:Tensor, styles:Tensor, kernel:Tensor|None, up:int, demodulate:bool)->Tensor:
@@ -135,12 +139,16 @@ def _modulate_weights(x:Tensor, weight:Tensor, styles:Tensor, kernel:Tensor|None
     return x.reshape(b, out, *x.shape[2:])
 
 
+def _styled(x:Tensor, weight:Tensor, styles:Tensor, kernel:Tensor|None, up:int)->tuple[Tensor, Tensor]: # features, (b, o)
+    "Styles onto the input; the denominators are still to be multiplied."
+    energy = F.linear(styles.square(), weight.square().sum((2, 3)))
+    return conv2d_resample(modulate(x, styles), weight.to(x.dtype), kernel, up=up), (energy + 1e-8).rsqrt()
+
+
 def _modulate_activations(x:Tensor, weight:Tensor, styles:Tensor, kernel:Tensor|None, up:int, demodulate:bool)->Tensor:
     "Styles onto the input, denominators onto the output."
-    x = conv2d_resample(x * styles.to(x.dtype)[:, :, None, None], weight.to(x.dtype), kernel, up=up)
-    if not demodulate: return x
-    energy = F.linear(styles.square(), weight.square().sum((2, 3)))
-    return x * (energy + 1e-8).rsqrt().to(x.dtype)[:, :, None, None]
+    if demodulate: return modulate(*_styled(x, weight, styles, kernel, up))
+    return conv2d_resample(modulate(x, styles), weight.to(x.dtype), kernel, up=up)
 
 
 def modulated_conv2d(
@@ -157,7 +165,7 @@ def modulated_conv2d(
     need(modulation in ways, "modulation", '"weights" or "activations"', repr(modulation))
     return ways[modulation](x, weight, styles, kernel, up, demodulate)
 
-# %% ../../nbs/layers/stylegan.ipynb #8ed1293e
+# %% ../../nbs/layers/stylegan.ipynb #fd5755e1
 Noise = Literal["const", "none"] | torch.Generator | Float[Tensor, "b 1 h2 w2"] # of one layer
 Noises = Literal["const", "none"] | torch.Generator | Sequence[Tensor] | Iterator # of several: one for all, or one tensor each
 
@@ -188,20 +196,22 @@ class SynthesisLayer(nn.Module):
         gain:float=1.,
     )->Float[Tensor, "b o h2 w2"]:
         "Convolve under the style `w`."
-        x = modulated_conv2d(x, self.weight, self.affine(w), self.resample_filter, self.up, modulation=self.modulation)
-        added = self._noise(noise, x)
-        if added is not None: x = x + added.to(x)
+        styles, noise = self.affine(w), self._noise(noise, x, self.up)
+        if self.modulation == "activations" and self.clamp is None:
+            return demodulate(*_styled(x, self.weight, styles, self.resample_filter, self.up), self.bias, noise, self.noise_strength, gain)
+        x = modulated_conv2d(x, self.weight, styles, self.resample_filter, self.up, modulation=self.modulation)
+        if noise is not None: x = x + (noise * self.noise_strength).to(x)
         return bias_act(x, self.bias, "lrelu", gain, self.clamp and self.clamp * gain)
 
-    def _noise(self, noise:Noise, x:Tensor)->Tensor|None:
-        "What is added to `x`."
+    def _noise(self, noise:Noise, x:Tensor, up:int)->Tensor|None: # (1 or b, 1, h, w)
+        "What is added, before its strength, to the result of convolving `x`."
+        height, width = x.shape[2] * up, x.shape[3] * up
         if isinstance(noise, str):
             need(noise in ("const", "none"), "noise", '"const", "none", a torch.Generator or a tensor', repr(noise))
-            return self.noise_const * self.noise_strength if noise == "const" else None
-        if isinstance(noise, torch.Generator):
-            noise = torch.randn(len(x), 1, *x.shape[2:], generator=noise, device=noise.device)
-        need_shape("noise", noise, f"b 1 {x.shape[2]} {x.shape[3]}")
-        return noise.to(x.device) * self.noise_strength
+            return self.noise_const[None, None] if noise == "const" else None
+        if isinstance(noise, torch.Generator): return torch.randn(len(x), 1, height, width, generator=noise, device=noise.device)
+        need_shape("noise", noise, f"b 1 {height} {width}")
+        return noise.to(x.device)
 
 # %% ../../nbs/layers/stylegan.ipynb #a9d65e19
 class ToRGB(nn.Module):

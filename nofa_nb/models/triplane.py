@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['split_planes', 'Decoder', 'TriplaneField']
 
-# %% ../../nbs/models/triplane.ipynb #640f4d69
+# %% ../../nbs/models/triplane.ipynb #d50426a9
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..core.errors import need, need_shape
 from ..layers.stylegan import FullyConnected
 from ..ops.plane_sample import PlaneAxes, plane_sample
+from ..ops.render import Traced, render_triplane
 
 # %% ../../nbs/models/triplane.ipynb #8fa76f69
 def split_planes(
@@ -25,7 +26,7 @@ def split_planes(
     need(image.shape[1] % 3 == 0, "image", "a multiple of 3 channels, c for each plane", image.shape[1])
     return image.unflatten(1, (3, -1))
 
-# %% ../../nbs/models/triplane.ipynb #49156999
+# %% ../../nbs/models/triplane.ipynb #b8eceaf9
 class Decoder(nn.Module):
     "From a tri-plane's feature to colour and density; EG3D's state-dict names `net.0`, `net.2`."
     def __init__(self,
@@ -34,8 +35,10 @@ class Decoder(nn.Module):
         width:int=64,            # of the hidden layers
         layers:int=1,            # hidden layers
         lr_multiplier:float=1.0, # of all layers
+        density_gain:float=1.0,  # of the density, so that dense matter does not need large features
     ):
         super().__init__()
+        self.density_gain = density_gain
         need(min(channels, features, width, layers) >= 1, "channels, features, width, layers", "at least 1", (channels, features, width, layers))
         sizes = [channels, *[width] * layers, 1 + features]
         stack = [m for pair in zip(sizes, sizes[1:]) for m in (FullyConnected(*pair, lr_multiplier=lr_multiplier), nn.Softplus())]
@@ -45,9 +48,16 @@ class Decoder(nn.Module):
         x:Float[Tensor, "b n c"],                                # mean of the three planes
     )->tuple[Float[Tensor, "b n f"], Float[Tensor, "b n 1"]]:    # features in [-0.001, 1.001]; raw density
         out = self.net(x)
-        return torch.sigmoid(out[..., 1:]) * 1.002 - 0.001, out[..., :1]
+        return torch.sigmoid(out[..., 1:]) * 1.002 - 0.001, out[..., :1] * self.density_gain
 
-# %% ../../nbs/models/triplane.ipynb #3ad87a8b
+    def layers(self)->tuple[list[Tensor], list[Tensor]]: # (out, in); (out,)
+        "Weights and biases with their gains, as `ops.render` takes them."
+        weights, biases = zip(*(m.folded() for m in self.net if isinstance(m, FullyConnected)))
+        if self.density_gain == 1: return list(weights), list(biases)
+        gain = torch.ones_like(biases[-1]).index_fill_(0, torch.zeros(1, dtype=torch.long, device=biases[-1].device), self.density_gain)
+        return [*weights[:-1], weights[-1] * gain[:, None]], [*biases[:-1], biases[-1] * gain]
+
+# %% ../../nbs/models/triplane.ipynb #e2b5313f
 @dataclass(frozen=True, eq=False)
 class TriplaneField:
     "Planes and decoder as a function of points and directions."
@@ -62,3 +72,15 @@ class TriplaneField:
     )->tuple[Float[Tensor, "b n f"], Float[Tensor, "b n 1"]]: # features; raw density
         "Features and density of points; outside the box, those of an all-zero feature."
         return self.decoder(plane_sample(self.planes, points, self.box_warp, self.plane_axes, mean=True))
+
+    def trace(self,
+        origins:Float[Tensor, "b n 3"],
+        directions:Float[Tensor, "b n 3"],           # unit length
+        depths:Float[Tensor, "b n s"],               # of the samples
+        numbers:Float[Tensor, "b n f"]|None=None,    # in [0, 1], of the importance samples; None: no second pass
+        white_back:bool=False,                       # what is behind everything: white instead of black
+    )->Traced|None:                                  # None: the decoder is another one than EG3D's
+        "What rays see, by the fused operator where there is one."
+        if not isinstance(self.decoder, Decoder): return None
+        weights, biases = self.decoder.layers()
+        return render_triplane(self.planes, weights, biases, origins, directions, depths, numbers, self.box_warp, self.plane_axes, white_back)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Objective', 'STAGES', 'MASK', 'real_loss', 'fake_loss', 'r1_loss', 'lazy', 'density_loss', 'swap_probability', 'swap',
-           'blur_sigma', 'blur', 'raw_resolution', 'PriorStage', 'trace', 'with_mask', 'warm_losses', 'gradient_loss',
-           'low_planes', 'psnr', 'ssim', 'Views', 'draw', 'truth_of', 'box_mask', 'score', 'Prior', 'Game', 'Pair',
-           'Play', 'comparison', 'orbit']
+           'blur_sigma', 'blur', 'raw_resolution', 'PriorStage', 'trace_known', 'with_mask', 'warm_losses',
+           'gradient_loss', 'low_planes', 'psnr', 'ssim', 'Views', 'draw', 'truth_of', 'box_mask', 'score', 'Prior',
+           'Game', 'Pair', 'Play', 'comparison', 'orbit']
 
-# %% ../../nbs/training/prior.ipynb #f4144857
+# %% ../../nbs/training/prior.ipynb #c1624538
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 import math
@@ -30,7 +30,7 @@ from ..geometry.sampling import ray_bounds, stratified_depths
 from ..layers.stylegan import Noise, noise_per_layer
 from ..models.discriminator import build_discriminator
 from ..models.generator import TriplaneGenerator, build_generator
-from ..models.renderer import Field, Renderer, Rendering, composite, query
+from ..models.renderer import Field, Renderer, Rendering, trace
 from ..models.triplane import split_planes
 from ..ops.upfirdn2d import resize
 from ..world.latent import LATENT, latent
@@ -138,7 +138,7 @@ def raw_resolution(
     grown = (images / 1000 - start) / kimg if kimg else float(images >= 1000 * start)
     return round(first + (last - first) * min(max(grown, 0.), 1.))
 
-# %% ../../nbs/training/prior.ipynb #14d2bd5b
+# %% ../../nbs/training/prior.ipynb #15bd46a2
 @dataclass(frozen=True)
 class PriorStage:
     "Training of the 3D prior; the defaults are EG3D's for FFHQ at 512 px."
@@ -166,11 +166,11 @@ class PriorStage:
     adversarial_from:float      = .7      # part of the steps after which "warm+gan" plays the game; ours
     adversarial_weight:float    = .02     # of the generator's logistic loss beside the warm terms; ours
     # the warm start: the recipe that worked on a CPU, unless it says "ours"
-    warm_lr:float               = .06     # Adam, cosine; ours: the recipe's 2.5e-3 stalls, as these layers store their weights with unit spread
+    warm_lr:float               = .03     # Adam, cosine; ours: the recipe's 2.5e-3 stalls, as these layers store their weights with unit spread
     warm_betas:tuple[float, float] = (.9, .99) # ours
     warm_end:float              = .02     # of the rate, at the last step; ours
     warm_up:int                 = 100     # steps; ours
-    mapping_gain:float          = 60.     # of the rate in the mapping network, whose layers learn 100 times slower; ours
+    mapping_gain:float          = 100.    # of the rate in the mapping network, whose layers learn 100 times slower; ours
     decoder_gain:float          = 1.      # of the rate in the decoder: densities have far to go; ours
     rays:int                    = 320     # of each picture
     weights:RayWeights          = RayWeights() # foreground, and eyes, brows and mouth
@@ -199,15 +199,15 @@ class PriorStage:
     @property
     def adversarial(self)->bool: return self.objective != "warm"
 
-# %% ../../nbs/training/prior.ipynb #5d9ace21
+# %% ../../nbs/training/prior.ipynb #5f747088
 STAGES = MappingProxyType({
-    "smoke": PriorStage("warm", steps=200, batch=4, rays=96, near=2, warm_up=10, ema_half_life=.04, raw_first=16), # seconds
-    "small": PriorStage("warm", steps=20_000, batch=16, rays=160, ema_half_life=4., raw_first=64, backbone_bf16=True), # the recipe, longer
+    "smoke": PriorStage("warm", steps=200, batch=4, rays=96, near=2, warm_up=10, ema_half_life=.04, raw_first=16, warm_lr=.03, mapping_gain=100., decoder_gain=2.), # seconds
+    "small": PriorStage("warm", steps=14_000, batch=16, rays=160, ema_half_life=4., raw_first=64, backbone_bf16=True), # the recipe, longer
     "base": PriorStage("warm+gan", steps=60_000, batch=16, rays=512, near=12, ema_half_life=5., raw_first=64, backbone_bf16=True), # ours
     "paper": PriorStage()})
 
-# %% ../../nbs/training/prior.ipynb #f4fd8c20
-def trace(
+# %% ../../nbs/training/prior.ipynb #32508a50
+def trace_known(
     field:Field,
     renderer:Renderer,
     origins:Float[Tensor, "b n 3"],
@@ -225,8 +225,7 @@ def trace(
         even = torch.lerp(depths[..., :1], depths[..., -1:], draw(torch.rand, near))
         close = torch.where(distance.isfinite(), distance.nan_to_num(posinf=0.) + spread * draw(torch.randn, near), even)
         depths = torch.cat([depths, close.clamp(depths[..., :1], depths[..., -1:])], -1)
-    features, density = query(field, origins, directions, depths)
-    seen = composite(features, density, depths, renderer.white_back)
+    seen = trace(field, origins, directions, depths, white_back=renderer.white_back)
     return seen._replace(depth=seen.depth.nan_to_num(posinf=renderer.ray_end if renderer.ray_end != "auto" else 0.))
 
 # %% ../../nbs/training/prior.ipynb #882cfd1f
@@ -361,7 +360,7 @@ def score(
             "psnr_eyes_mouth": psnr(image, truth.image, box_mask(data.boxes[:, 2:], data.size))}
     return {name: values.numpy().astype(np.float64) for name, values in rows.items()}
 
-# %% ../../nbs/training/prior.ipynb #256dfa4a
+# %% ../../nbs/training/prior.ipynb #0bd0866f
 class Prior(Stage):
     "Trains the generator, and where the objective has it the discriminator."
     def __init__(self,
@@ -448,7 +447,7 @@ class Prior(Stage):
         field = g.field(self.planes(ws))
         directions, _ = ray_directions(camera, rays.uv)
         origins = camera.position[:, None].expand_as(directions)
-        seen = trace(field, g.renderer, origins, directions, rays.distance, moment.generator, s.near, s.near_spread)
+        seen = trace_known(field, g.renderer, origins, directions, rays.distance, moment.generator, s.near, s.near_spread)
         losses = warm_losses(seen, rays, s, part)
         error = (seen.features[..., :3] - rays.rgb).detach() / 2
         losses["psnr"] = -10 * error.square().mean().clamp(min=1e-10).log10() # of the rays; logged only
