@@ -238,6 +238,14 @@ def extras():
         say("      optional: %s (%s install %s)" % (why, tool, names))
 
 
+def compile_kernels():
+    "Compile the C++ now rather than at its first use. Without a compiler everything runs as plain PyTorch, which is said."
+    if os.environ.get("NOFA_BUILD") != "0":
+        reason = output([venv_python(), "-W", "ignore", "-c", "from nofa_nb.ops.extension import extension; print(extension())"])[1]
+        if reason:
+            say("  the C++ kernels are not compiled, rendering will be slow: %s" % reason)
+
+
 def main():
     if up_to_date():
         return
@@ -260,6 +268,7 @@ def main():
             "the packages are installed but do not import (%s): delete .venv and start again." % broken
         )
     extras()
+    compile_kernels()
     with open(STAMP, "w") as file:
         file.write(fingerprint() + "\n")
     say("ready in %d s" % (time.time() - began))

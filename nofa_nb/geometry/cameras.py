@@ -149,7 +149,7 @@ def pose_angles(
     yaw = torch.atan2(-r[:, 2, 0], torch.hypot(r[:, 2, 1], r[:, 2, 2]))
     return torch.stack([torch.atan2(r[:, 2, 1], r[:, 2, 2]), yaw, torch.atan2(r[:, 1, 0], r[:, 0, 0])], -1)
 
-# %% ../../nbs/geometry/cameras.ipynb #a9ebafb8
+# %% ../../nbs/geometry/cameras.ipynb #b3349682
 @dataclass(frozen=True, eq=False)
 class Camera:
     "A batch of pinhole cameras in EG3D's conventions."
@@ -313,10 +313,9 @@ class Camera:
     )->"Camera":
         "The camera of a square part of the picture: the same place, other intrinsics."
         need(side > 0, "side", "above 0", side)
-        k = self.intrinsics.clone()
-        k[:, 0, 2], k[:, 1, 2] = k[:, 0, 2] - x0, k[:, 1, 2] - y0
-        k[:, :2] = k[:, :2] / side
-        return Camera(self.cam_to_world, k)
+        moved = torch.stack(torch.broadcast_tensors(*(torch.as_tensor(t).to(self.position) for t in (x0, y0))), -1)
+        k = torch.cat([self.intrinsics[:, :2, :2], (self.intrinsics[:, :2, 2] - moved)[..., None]], 2) / side
+        return Camera(self.cam_to_world, torch.cat([k, self.intrinsics[:, 2:]], 1))
 
     def to(self, *args, **kwargs)->"Camera":
         "Move or cast, like `Tensor.to`."

@@ -38,7 +38,7 @@ def demodulate_ref(
     if noise is not None: x = x + (noise if strength is None else noise * strength).to(x.dtype)
     return F.leaky_relu(x + bias.to(x.dtype)[:, None, None], SLOPE) * (GAIN * gain)
 
-# %% ../../nbs/ops/modulate.ipynb #11737553
+# %% ../../nbs/ops/modulate.ipynb #0035ae6e
 def _fits(x:Tensor, *others:Tensor|None)->bool:
     "Can the compiled passes be used?"
     on_cpu = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and x.ndim == 4
@@ -79,6 +79,7 @@ class _Demodulate(torch.autograd.Function):
         gx, gs, gb, ga = torch.ops.nofa_nb.demodulate_back(_last(grad), x, y, scale, flat, SLOPE, GAIN * ctx.gain)
         return gx, gs, gb.sum(0), None, ga.sum() if ctx.needs_input_grad[4] else None, None
 
+# %% ../../nbs/ops/modulate.ipynb #bba2f998
 def modulate(
     x:Float[Tensor, "b c h w"],
     scale:Float[Tensor, "b c"],

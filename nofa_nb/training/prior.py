@@ -138,7 +138,7 @@ def raw_resolution(
     grown = (images / 1000 - start) / kimg if kimg else float(images >= 1000 * start)
     return round(first + (last - first) * min(max(grown, 0.), 1.))
 
-# %% ../../nbs/training/prior.ipynb #15bd46a2
+# %% ../../nbs/training/prior.ipynb #1be6fc59
 @dataclass(frozen=True)
 class PriorStage:
     "Training of the 3D prior; the defaults are EG3D's for FFHQ at 512 px."
@@ -172,6 +172,7 @@ class PriorStage:
     warm_up:int                 = 100     # steps; ours
     mapping_gain:float          = 100.    # of the rate in the mapping network, whose layers learn 100 times slower; ours
     decoder_gain:float          = 1.      # of the rate in the decoder: densities have far to go; ours
+    half_until:float            = 0.      # part of the steps in which planes are made without the last block, at a third of the cost; ours
     rays:int                    = 320     # of each picture
     weights:RayWeights          = RayWeights() # foreground, and eyes, brows and mouth
     near:int                    = 6       # samples near the known distance, beside depth_coarse stratified ones
@@ -190,7 +191,7 @@ class PriorStage:
     def __post_init__(self):
         need(self.objective in get_args(Objective), "objective", f"one of {', '.join(get_args(Objective))}", repr(self.objective))
         for name in ("steps", "batch", "rays"): need(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("swap_end", "style_mixing", "adversarial_from", "patch_from"):
+        for name in ("swap_end", "style_mixing", "adversarial_from", "patch_from", "half_until"):
             need(0 <= getattr(self, name) <= 1, name, "from 0 to 1", getattr(self, name))
 
     @property
@@ -199,10 +200,10 @@ class PriorStage:
     @property
     def adversarial(self)->bool: return self.objective != "warm"
 
-# %% ../../nbs/training/prior.ipynb #5f747088
+# %% ../../nbs/training/prior.ipynb #000c6848
 STAGES = MappingProxyType({
     "smoke": PriorStage("warm", steps=200, batch=4, rays=96, near=2, warm_up=10, ema_half_life=.04, raw_first=16, warm_lr=.03, mapping_gain=100., decoder_gain=2.), # seconds
-    "small": PriorStage("warm", steps=14_000, batch=16, rays=160, ema_half_life=4., raw_first=64, backbone_bf16=True), # the recipe, longer
+    "small": PriorStage("warm", steps=20_000, batch=8, rays=128, half_until=.5, ema_half_life=2., raw_first=64, backbone_bf16=True), # the recipe, longer
     "base": PriorStage("warm+gan", steps=60_000, batch=16, rays=512, near=12, ema_half_life=5., raw_first=64, backbone_bf16=True), # ours
     "paper": PriorStage()})
 
@@ -262,11 +263,12 @@ def gradient_loss(
     error = (found - truth).unflatten(1, (side, side))
     return error.diff(dim=1).abs().mean() + error.diff(dim=2).abs().mean()
 
-# %% ../../nbs/training/prior.ipynb #a234d9ca
+# %% ../../nbs/training/prior.ipynb #9cdb19bb
 def low_planes(
     model:TriplaneGenerator,
     ws:Float[Tensor, "b n w"],
     noise:Noise="const",       # of the backbone
+    last:int|None=None,        # resolution of the last block that is run; None: all are
 )->Float[Tensor, "b 3 c h w"]: # float32
     "Planes from a backbone that computes in bfloat16 after its first block."
     network = model.backbone.synthesis
@@ -274,7 +276,7 @@ def low_planes(
     noise = noise_per_layer(noise)
     x, image = network.run(ws, noise, last=first)
     x = x.to(torch.bfloat16, memory_format=torch.channels_last)
-    return split_planes(network.run(ws, noise, x, image, first=second)[1])
+    return split_planes(network.run(ws, noise, x, image, first=second, last=last)[1])
 
 # %% ../../nbs/training/prior.ipynb #4650ebee
 def psnr(
@@ -360,7 +362,7 @@ def score(
             "psnr_eyes_mouth": psnr(image, truth.image, box_mask(data.boxes[:, 2:], data.size))}
     return {name: values.numpy().astype(np.float64) for name, values in rows.items()}
 
-# %% ../../nbs/training/prior.ipynb #0bd0866f
+# %% ../../nbs/training/prior.ipynb #4a62e9f1
 class Prior(Stage):
     "Trains the generator, and where the objective has it the discriminator."
     def __init__(self,
@@ -377,6 +379,7 @@ class Prior(Stage):
         self.stage, self.generator_config, self.pictures = stage, config, data
         self.held_out = None if validation is None else validation[torch.arange(len(validation))[::max(1, len(validation) // measured)][:measured]]
         self.generator = build_generator(config, seed)
+        if stage.half_until: nn.init.zeros_(self.generator.backbone.synthesis.block(config.plane_resolution).torgb.weight) # adds nothing until it is trained
         self.discriminator = build_discriminator(config, seed + 1) if stage.adversarial else None
         self.config, self.data_hash = {"prior": stage, "generator": config, "seed": seed}, data.data_hash
 
@@ -435,16 +438,19 @@ class Prior(Stage):
             pair = game.real(requires_grad=True)
             yield "discriminator", {"r1": s.r1_every * r1_loss(game.judge(pair), [t for t in pair if t is not None], s.r1_gamma)}
 
-    def planes(self, ws:Tensor, noise:object="const")->Tensor:
+    def planes(self, ws:Tensor, noise:object="const", part:float=1.)->Tensor:
         "Planes of style codes."
-        return low_planes(self.generator, ws, noise) if self.stage.backbone_bf16 else self.generator.planes(ws, noise)
+        synthesis = self.generator.backbone.synthesis
+        last = synthesis.resolutions[-2] if part < self.stage.half_until else None
+        if self.stage.backbone_bf16: return low_planes(self.generator, ws, noise, last)
+        return split_planes(synthesis.run(ws, noise, last=last)[1])
 
     def _warm(self, batch:Mapping, moment:Moment, part:float)->dict[str, Tensor]:
         s, g, rays = self.stage, self.generator, batch["rays"]
         camera = Camera.from_label(rays.camera)
         ws = g.map(rays.z, camera)
         g.backbone.mapping.track(ws.detach())
-        field = g.field(self.planes(ws))
+        field = g.field(self.planes(ws, part=part))
         directions, _ = ray_directions(camera, rays.uv)
         origins = camera.position[:, None].expand_as(directions)
         seen = trace_known(field, g.renderer, origins, directions, rays.distance, moment.generator, s.near, s.near_spread)
