@@ -153,7 +153,7 @@ class Readings:
     boxes:Literal["points", "hull"] = "points"                 # 11: from five points, or the hull of dense landmarks
     batch:Literal["global", "per_gpu"] = "global"              # 14: what "batch 4 on 4 GPUs" counts
 
-# %% ../../nbs/core/config.ipynb #4d6ae184
+# %% ../../nbs/core/config.ipynb #f612a6d8
 @dataclass(frozen=True)
 class Preset:
     "All sizes of one scale."
@@ -183,7 +183,7 @@ _SMALL = Preset("small", # the recipe: a prior of this size, trained on two CPU 
     WorldConfig(resolution=64, texture=128), # the recipe
     generator=GeneratorConfig(z_dim=276, w_dim=256, label_dim=0, # z is the world's latent code; with a w of 128 the images were 0.4 dB worse after two minutes
         plane_resolution=64, plane_channels=16, channels=(192, 128, 96, 64), # the recipe: 8 to 64 px
-        decoder_width=32, decoder_layers=2, raw_channels=4, density_gain=30., # the recipe's 16-32-32-4 and a mask beside colour and density
+        decoder_width=32, decoder_layers=2, raw_channels=4, density_gain=10., # the recipe's 16-32-32-4 and a mask beside colour and density
         raw_resolution=64, image_resolution=64, super_resolution="none", # the recipe
         depth_coarse=18, depth_fine=6), # the recipe
     deformation=DeformationConfig(octaves=6, deform_layers=4, deform_width=96, deform_skip=2, # reading 9: smaller
@@ -193,7 +193,7 @@ _BASE = Preset("base", # sizes chosen here, between `small` and EG3D
     WorldConfig(resolution=128, texture=256),
     generator=GeneratorConfig(z_dim=276, w_dim=256, label_dim=0, # z is the world's latent code
         plane_resolution=128, plane_channels=32, channels=(256, 256, 256, 192, 128, 96), # 4 to 128 px
-        raw_channels=16, density_gain=30., raw_resolution=64, image_resolution=128, super_resolution="2X", # EG3D's module from 64 to 128 px
+        raw_channels=16, density_gain=10., raw_resolution=64, image_resolution=128, super_resolution="2X", # EG3D's module from 64 to 128 px
         depth_coarse=24, depth_fine=24), # half of EG3D's
     deformation=DeformationConfig(octaves=8, deform_layers=6, deform_width=128, deform_skip=3, # reading 9: smaller
         weight_layers=4, weight_width=64, **_WORLD_FACE))

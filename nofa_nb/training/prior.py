@@ -138,7 +138,7 @@ def raw_resolution(
     grown = (images / 1000 - start) / kimg if kimg else float(images >= 1000 * start)
     return round(first + (last - first) * min(max(grown, 0.), 1.))
 
-# %% ../../nbs/training/prior.ipynb #1be6fc59
+# %% ../../nbs/training/prior.ipynb #2fb574c5
 @dataclass(frozen=True)
 class PriorStage:
     "Training of the 3D prior; the defaults are EG3D's for FFHQ at 512 px."
@@ -169,7 +169,7 @@ class PriorStage:
     warm_lr:float               = .03     # Adam, cosine; ours: the recipe's 2.5e-3 stalls, as these layers store their weights with unit spread
     warm_betas:tuple[float, float] = (.9, .99) # ours
     warm_end:float              = .02     # of the rate, at the last step; ours
-    warm_up:int                 = 100     # steps; ours
+    warm_up:int                 = 200     # steps; ours
     mapping_gain:float          = 100.    # of the rate in the mapping network, whose layers learn 100 times slower; ours
     decoder_gain:float          = 1.      # of the rate in the decoder: densities have far to go; ours
     half_until:float            = 0.      # part of the steps in which planes are made without the last block, at a third of the cost; ours
