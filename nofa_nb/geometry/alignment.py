@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Transform', 'CROPS', 'PADDINGS', 'ARCFACE', 'apply', 'invert', 'compose', 'check_points', 'similarity_from_points',
-           'crop_transform', 'warp', 'feather_mask', 'paste_back', 'eye_mouth_boxes', 'crop_boxes', 'arcface_transform']
+           'crop_transform', 'head_transform', 'warp', 'feather_mask', 'paste_back', 'eye_mouth_boxes', 'crop_boxes',
+           'arcface_transform']
 
 # %% ../../nbs/geometry/alignment.ipynb #52ebd88a
 import math
@@ -102,7 +103,28 @@ def crop_transform(
     linear = torch.stack([x, y], -2) * (size / 2 / half)[..., None, None]
     return torch.cat([linear, size / 2 - linear @ (middle + shift * m)[..., None]], -1)
 
-# %% ../../nbs/geometry/alignment.ipynb #55e6eb03
+# %% ../../nbs/geometry/alignment.ipynb #9bee99d3
+def head_transform(
+    landmarks5:Float[Tensor, "*b 5 2"],
+    shape5:Float[Tensor, "5 3"],        # the same points on a mean head, y up
+    size:int,                           # of the crop, pixels
+    centre:tuple[float, float, float],  # point of the head's space that comes to lie in the middle
+    span:float,                         # width of the crop there, in the unit of shape5
+)->Transform:
+    "The upright square crop that shows a fixed piece of the head's space."
+    need(size >= 1, "size", "at least 1 pixel", size)
+    need(span > 0, "span", "above 0", span)
+    need_shape("shape5", shape5, "5 3")
+    points = check_points(landmarks5)
+    corners = torch.cat([shape5, torch.ones_like(shape5[:, :1])], 1).double()
+    fit = torch.linalg.pinv(corners).to(points) @ points              # P, (*b, 4, 2)
+    scale = fit[..., :3, :].norm(dim=-2).mean(-1)
+    middle = (points.new_tensor([*centre, 1]) @ fit)[..., None]
+    y = F.normalize(-fit[..., 1, :], dim=-1)                          # downward
+    linear = torch.stack([torch.stack([y[..., 1], -y[..., 0]], -1), y], -2) * (size / span / scale)[..., None, None]
+    return torch.cat([linear, size / 2 - linear @ middle], -1)
+
+# %% ../../nbs/geometry/alignment.ipynb #2328c013
 PADDINGS = dict(reflect="reflection", edge="border", black="zeros")
 
 
@@ -129,7 +151,7 @@ def warp(
     result = F.grid_sample(images, places, mode="bilinear", padding_mode=PADDINGS[padding], align_corners=False)
     return F.avg_pool2d(result, n) if n > 1 else result
 
-# %% ../../nbs/geometry/alignment.ipynb #2d6747eb
+# %% ../../nbs/geometry/alignment.ipynb #0deedb4d
 def feather_mask(
     size:tuple[int, int], # height, width
     feather:float,        # width of the ramp, pixels
@@ -170,7 +192,7 @@ def paste_back(
     result[:, y0:y1, x0:x1] = weight * colour + (1 - weight) * image[:, y0:y1, x0:x1]
     return result
 
-# %% ../../nbs/geometry/alignment.ipynb #a37dd883
+# %% ../../nbs/geometry/alignment.ipynb #f6f576d0
 def eye_mouth_boxes(
     landmarks5:Float[Tensor, "b 5 2"],
     image_size:tuple[int, int]|None=None, # height, width: clamp to this image. None: do not
@@ -190,7 +212,7 @@ def eye_mouth_boxes(
     low = boxes[..., :2].clamp(min=0).minimum(end - 1)  # at least one pixel stays
     return torch.cat([low, boxes[..., 2:].minimum(end).maximum(low + 1)], -1)
 
-# %% ../../nbs/geometry/alignment.ipynb #e8903d7a
+# %% ../../nbs/geometry/alignment.ipynb #769d2f30
 def crop_boxes(
     images:Float[Tensor, "b c h w"],
     boxes:Float[Tensor, "b k 4"],    # x0, y0, x1, y1 in pixels
@@ -211,7 +233,7 @@ def crop_boxes(
     result = F.grid_sample(images, places.flatten(1, 2), padding_mode="border", align_corners=False)  # boxes below each other
     return result.unflatten(2, (-1, height)).transpose(1, 2)
 
-# %% ../../nbs/geometry/alignment.ipynb #900ec1a9
+# %% ../../nbs/geometry/alignment.ipynb #75949451
 ARCFACE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
 
 

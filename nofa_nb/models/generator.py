@@ -178,7 +178,7 @@ def _fill(generator:TriplaneGenerator, tensors:Mapping[str, Tensor], where:objec
     "Put tensors into a generator, or say which one does not fit."
     wanted = generator.state_dict()
     missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    need(True, f"tensors of {where}", f"those of its config, with {missing[0]!r}" if missing else "", f"{len(missing)} missing")
+    need(not missing, f"tensors of {where}", f"those of its config, with {missing[0]!r}" if missing else "", f"{len(missing)} missing")
     need(not unknown, f"tensors of {where}", "those of its config and no others", f"{unknown[0]!r}" if unknown else "")
     for name, t in tensors.items():
         need(t.shape == wanted[name].shape, f"{name!r} of {where}", f"{tuple(wanted[name].shape)}, by its config", tuple(t.shape))
