@@ -239,9 +239,10 @@ def extras():
 
 
 def compile_kernels():
-    "Compile the C++ now rather than at its first use. Without a compiler everything runs as plain PyTorch, which is said."
+    "Compile the C++ now rather than at its first use. Without a compiler plain PyTorch does its work, which is said."
     if os.environ.get("NOFA_BUILD") != "0":
-        reason = output([venv_python(), "-W", "ignore", "-c", "from nofa_nb.ops.extension import extension; print(extension())"])[1]
+        code = "from nofa_nb.ops.extension import extension; print(extension())"
+        reason = output([venv_python(), "-W", "ignore", "-c", code])[1]
         if reason:
             say("  the C++ kernels are not compiled, rendering will be slow: %s" % reason)
 

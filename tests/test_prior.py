@@ -154,7 +154,8 @@ def test_samples_near_the_known_distance_sharpen_what_is_seen():
     o, d = torch.tensor([0., 0, 2.7]).expand(1, 100, 3), torch.tensor([0., 0, -1]).expand(1, 100, 3)
     known = torch.full((1, 100, 1), 2.7)
     renderer = replace(P.build_generator(SMOKE.generator).renderer, depth_coarse=6)
-    near, blind = (P.trace_known(slab, renderer, o, d, k, generator(0), 4, .02).depth for k in (known, known * torch.inf))
+    both = known, known * torch.inf
+    near, blind = (P.trace_known(slab, renderer, o, d, k, generator(0), 4, .02).depth for k in both)
     assert (near - 2.7).abs().mean() < .5 * (blind - 2.7).abs().mean()
 
 

@@ -60,6 +60,10 @@ def test_files_are_as_small_as_promised(sizes, most, tmp_path_factory):
         assert path.stat().st_size <= most
 
 
+def test_all_files_can_be_read_by_whom_the_index_can(folder):
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1
+
+
 def test_default_limit_is_that_of_the_repository(tmp_path):
     big = {f"t{i}": torch.full((3_000_000,), .5) for i in range(3)}  # 6 MB each in 16 bits
     record = json.loads((W.save_weights(tmp_path / "w", big, RECORD) / "weights.json").read_text())

@@ -10,7 +10,7 @@ __all__ = ['BY_NAME', 'PAGE', 'DEMO', 'PORTRAITS', 'GROUPS', 'COMMANDS', 'explai
            'sample_arguments', 'sample', 'evaluate_prior_arguments', 'evaluate_prior', 'version_of', 'program', 'facts',
            'no_arguments', 'doctor', 'main']
 
-# %% ../../nbs/apps/cli.ipynb #49a003f4
+# %% ../../nbs/apps/cli.ipynb #f0f574a0
 import argparse
 import os
 import shutil
@@ -20,6 +20,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from .reenact_cli import adapt_arguments, adapt_command, reenact, reenact_arguments
 
 # %% ../../nbs/apps/cli.ipynb #986fd4b7
 BY_NAME = {"InputError": 2, "MissingResource": 3, "ModuleNotFoundError": 3} # of errors raised inside a notebook
@@ -359,7 +361,7 @@ def doctor(args:argparse.Namespace)->None:
     "Print what is installed."
     for name, found in facts(): print(f"{name:9s} {found}")
 
-# %% ../../nbs/apps/cli.ipynb #442a789d
+# %% ../../nbs/apps/cli.ipynb #dfdb2567
 GROUPS = {"world": "the synthetic face world: sheets, clips, data sets", "convert": "weights of others, as safetensors",
           "train": "train a stage, or go on with one", "evaluate": "measure trained weights on held-out people"}
 COMMANDS = (
@@ -373,6 +375,8 @@ COMMANDS = (
     Command("train prior", "the 3D generator that everything else starts from", train_prior_arguments, train_prior),
     Command("evaluate prior", "the 3D generator, against the world's own pictures", evaluate_prior_arguments, evaluate_prior),
     Command("sample", "new faces of the 3D generator: a sheet and a film", sample_arguments, sample),
+    Command("reenact", "a film of an avatar from one photo and a driving video", reenact_arguments, reenact),
+    Command("adapt", "an avatar file of a face, adapted to it", adapt_arguments, adapt_command),
     Command("doctor", "what is installed here", no_arguments, doctor),
 )
 

@@ -153,7 +153,7 @@ class Readings:
     boxes:Literal["points", "hull"] = "points"                 # 11: from five points, or the hull of dense landmarks
     batch:Literal["global", "per_gpu"] = "global"              # 14: what "batch 4 on 4 GPUs" counts
 
-# %% ../../nbs/core/config.ipynb #f612a6d8
+# %% ../../nbs/core/config.ipynb #efe6e99a
 @dataclass(frozen=True)
 class Preset:
     "All sizes of one scale."
@@ -182,8 +182,8 @@ _SMOKE = Preset("smoke", # sizes chosen here: as small as runs every line of the
 _SMALL = Preset("small", # the recipe: a prior of this size, trained on two CPU cores for 15 minutes, reached 30 dB
     WorldConfig(resolution=64, texture=128), # the recipe
     generator=GeneratorConfig(z_dim=276, w_dim=256, label_dim=0, # z is the world's latent code; with a w of 128 the images were 0.4 dB worse after two minutes
-        plane_resolution=64, plane_channels=16, channels=(192, 128, 96, 64), # the recipe: 8 to 64 px
-        decoder_width=32, decoder_layers=2, raw_channels=4, density_gain=10., # the recipe's 16-32-32-4 and a mask beside colour and density
+        plane_resolution=64, channels=(192, 128, 96, 64), # the recipe: 8 to 64 px; as many plane channels as EG3D
+        raw_channels=4, density_gain=10., # EG3D's decoder; colour and a mask. The recipe's 16-32-32-4 learned hues more slowly
         raw_resolution=64, image_resolution=64, super_resolution="none", # the recipe
         depth_coarse=18, depth_fine=6), # the recipe
     deformation=DeformationConfig(octaves=6, deform_layers=4, deform_width=96, deform_skip=2, # reading 9: smaller

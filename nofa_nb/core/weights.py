@@ -79,7 +79,7 @@ def model_card(
     for key, title in CARD.items(): top += ["", f"## {title}", "", _prose(record.get(key))]
     return "\n".join(top) + "\n"
 
-# %% ../../nbs/core/weights.ipynb #611767bc
+# %% ../../nbs/core/weights.ipynb #9c9fb6d4
 FORMAT, INDEX = 1, "weights.json"
 
 def _place(source:Path, target:Path)->None:
@@ -116,6 +116,7 @@ def save_weights(
                  "tensors_hash": hash_tensors(loaded), "shards": files}
         write_json(temporary/INDEX, index)
         (temporary/"README.md").write_text(model_card(index), encoding="utf-8")
+        for name in names: os.chmod(temporary/name, (temporary/INDEX).stat().st_mode & 0o777) # safetensors' own are for their owner only
         _place(temporary, target)
     except OSError as e: raise e if isinstance(e, MissingResource) else _refusal("write", target, e) from e
     finally: shutil.rmtree(temporary, ignore_errors=True)

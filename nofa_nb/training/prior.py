@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Objective', 'STAGES', 'MASK', 'real_loss', 'fake_loss', 'r1_loss', 'lazy', 'density_loss', 'swap_probability', 'swap',
            'blur_sigma', 'blur', 'raw_resolution', 'PriorStage', 'trace_known', 'with_mask', 'warm_losses',
-           'gradient_loss', 'low_planes', 'psnr', 'ssim', 'Views', 'draw', 'truth_of', 'box_mask', 'score', 'Prior',
-           'Game', 'Pair', 'Play', 'comparison', 'orbit']
+           'limit_loss', 'gradient_loss', 'low_planes', 'psnr', 'ssim', 'Views', 'draw', 'truth_of', 'box_mask',
+           'score', 'Prior', 'Game', 'Pair', 'Play', 'comparison', 'orbit']
 
 # %% ../../nbs/training/prior.ipynb #c1624538
 from collections.abc import Mapping
@@ -138,7 +138,7 @@ def raw_resolution(
     grown = (images / 1000 - start) / kimg if kimg else float(images >= 1000 * start)
     return round(first + (last - first) * min(max(grown, 0.), 1.))
 
-# %% ../../nbs/training/prior.ipynb #2fb574c5
+# %% ../../nbs/training/prior.ipynb #4c3d61f0
 @dataclass(frozen=True)
 class PriorStage:
     "Training of the 3D prior; the defaults are EG3D's for FFHQ at 512 px."
@@ -171,7 +171,11 @@ class PriorStage:
     warm_end:float              = .02     # of the rate, at the last step; ours
     warm_up:int                 = 200     # steps; ours
     mapping_gain:float          = 100.    # of the rate in the mapping network, whose layers learn 100 times slower; ours
-    decoder_gain:float          = 1.      # of the rate in the decoder: densities have far to go; ours
+    decoder_gain:float          = .1      # of the rate in the decoder: every face shares it, and hues get lost where it shakes; ours
+    decay:float                 = .02     # of weights, times the rate; ours
+    density_limit:float         = 100.    # raw densities beyond it cost, so that ever sharper surfaces do not blow up the planes; ours
+    w_limit:float               = .3      # of that cost; ours
+    limit_points:int            = 256     # of each face; ours
     half_until:float            = 0.      # part of the steps in which planes are made without the last block, at a third of the cost; ours
     rays:int                    = 320     # of each picture
     weights:RayWeights          = RayWeights() # foreground, and eyes, brows and mouth
@@ -181,6 +185,7 @@ class PriorStage:
     w_l2:float                  = 2.
     w_mask:float                = .3
     w_depth:float               = 4.      # halved after half of the steps
+    depth_tolerance:float       = .02     # world units; below it the depth's cost falls with the square, above it is the distance; ours
     w_image:float               = 1.      # of L1 + 2 L2 on whole images, where there is super-resolution; ours
     wholes:int                  = 2       # whole images of a step, where there is super-resolution; ours
     patch:int                   = 0       # side of the patch that replaces the rays late; 0: none; ours
@@ -200,10 +205,10 @@ class PriorStage:
     @property
     def adversarial(self)->bool: return self.objective != "warm"
 
-# %% ../../nbs/training/prior.ipynb #000c6848
+# %% ../../nbs/training/prior.ipynb #2abfbcf9
 STAGES = MappingProxyType({
-    "smoke": PriorStage("warm", steps=200, batch=4, rays=96, near=2, warm_up=10, ema_half_life=.04, raw_first=16, warm_lr=.03, mapping_gain=100., decoder_gain=2.), # seconds
-    "small": PriorStage("warm", steps=20_000, batch=8, rays=128, half_until=.5, ema_half_life=2., raw_first=64, backbone_bf16=True), # the recipe, longer
+    "smoke": PriorStage("warm", steps=200, batch=4, rays=96, near=2, warm_up=10, ema_half_life=.04, raw_first=16, warm_lr=.03, mapping_gain=100., decoder_gain=1., w_limit=0.), # seconds
+    "small": PriorStage("warm", steps=11_000, batch=8, rays=128, half_until=.5, ema_half_life=2., raw_first=64, backbone_bf16=True), # the recipe, longer
     "base": PriorStage("warm+gan", steps=60_000, batch=16, rays=512, near=12, ema_half_life=5., raw_first=64, backbone_bf16=True), # ours
     "paper": PriorStage()})
 
@@ -229,7 +234,7 @@ def trace_known(
     seen = trace(field, origins, directions, depths, white_back=renderer.white_back)
     return seen._replace(depth=seen.depth.nan_to_num(posinf=renderer.ray_end if renderer.ray_end != "auto" else 0.))
 
-# %% ../../nbs/training/prior.ipynb #882cfd1f
+# %% ../../nbs/training/prior.ipynb #6e7baa9a
 MASK = 3 # feature of the foreground, in the renderer's range [-1, 1]
 
 def with_mask(
@@ -248,12 +253,26 @@ def warm_losses(
     error = (seen.features[..., :3] - truth.rgb) / 2
     mask = (seen.features[..., MASK:MASK + 1] + 1) / 2
     known = truth.distance.isfinite()
-    away = (seen.depth - truth.distance.where(known, seen.depth)).abs().sum() / known.sum().clamp(min=1)
+    away = F.huber_loss(seen.depth, truth.distance.where(known, seen.depth), reduction="sum", delta=stage.depth_tolerance)
+    away = away / stage.depth_tolerance / known.sum().clamp(min=1)
     return {"l1": stage.w_l1 * error.abs().mean(), "l2": stage.w_l2 * error.square().mean(),
             "mask": stage.w_mask * (mask - truth.mask).abs().mean(),
             "depth": stage.w_depth * (1. if part < .5 else .5) * away}
 
-# %% ../../nbs/training/prior.ipynb #33a49bf2
+# %% ../../nbs/training/prior.ipynb #7a8279b7
+def limit_loss(
+    field:Field,
+    faces:int,               # b, of the field
+    random:torch.Generator,
+    limit:float,             # of the raw density
+    points:int=256,          # of each face
+    box_warp:float=1.,       # side of the box
+)->Float[Tensor, ""]:        # in limits
+    "By how much raw densities at random points go beyond a limit, on average."
+    p = (torch.rand(faces, points, 3, generator=random, device=random.device) - .5) * box_warp
+    return (field(p, p)[1].abs() / limit - 1).clamp(min=0).mean()
+
+# %% ../../nbs/training/prior.ipynb #aa347e5d
 def gradient_loss(
     found:Float[Tensor, "b n c"], # n = side^2, row by row
     truth:Float[Tensor, "b n c"],
@@ -263,7 +282,7 @@ def gradient_loss(
     error = (found - truth).unflatten(1, (side, side))
     return error.diff(dim=1).abs().mean() + error.diff(dim=2).abs().mean()
 
-# %% ../../nbs/training/prior.ipynb #9cdb19bb
+# %% ../../nbs/training/prior.ipynb #c145e372
 def low_planes(
     model:TriplaneGenerator,
     ws:Float[Tensor, "b n w"],
@@ -278,7 +297,7 @@ def low_planes(
     x = x.to(torch.bfloat16, memory_format=torch.channels_last)
     return split_planes(network.run(ws, noise, x, image, first=second, last=last)[1])
 
-# %% ../../nbs/training/prior.ipynb #4650ebee
+# %% ../../nbs/training/prior.ipynb #823d686f
 def psnr(
     image:Float[Tensor, "b c h w"],                # in [0, 1]
     truth:Float[Tensor, "b c h w"],
@@ -302,7 +321,7 @@ def ssim(
     va, vb, ab = mean(image**2) - a**2, mean(truth**2) - b**2, mean(image * truth) - a * b
     return ((2*a*b + .01**2) * (2*ab + .03**2) / ((a**2 + b**2 + .01**2) * (va + vb + .03**2))).flatten(1).mean(1)
 
-# %% ../../nbs/training/prior.ipynb #0c38375e
+# %% ../../nbs/training/prior.ipynb #6dd8e3e6
 class Views(NamedTuple):
     "What a generator makes of codes and cameras, at the size of the image."
     image:Float[Tensor, "b 3 h w"]    # in [0, 1]
@@ -335,7 +354,7 @@ def truth_of(
     image = lambda t: t.mT.unflatten(2, (size, size))
     return Views(image(rays.rgb) / 2 + .5, image(rays.mask), image(rays.distance))
 
-# %% ../../nbs/training/prior.ipynb #139a16cf
+# %% ../../nbs/training/prior.ipynb #f8fde3e5
 def box_mask(
     boxes:Float[Tensor, "b k 4"], # x0, y0, x1, y1 in [0, 1]
     size:int,
@@ -362,7 +381,7 @@ def score(
             "psnr_eyes_mouth": psnr(image, truth.image, box_mask(data.boxes[:, 2:], data.size))}
     return {name: values.numpy().astype(np.float64) for name, values in rows.items()}
 
-# %% ../../nbs/training/prior.ipynb #4a62e9f1
+# %% ../../nbs/training/prior.ipynb #b435edde
 class Prior(Stage):
     "Trains the generator, and where the objective has it the discriminator."
     def __init__(self,
@@ -397,11 +416,13 @@ class Prior(Stage):
         s, g = self.stage, self.generator
         if not s.warm: groups, settings = [{"params": list(g.parameters())}], lazy(s.lr_generator, s.betas, s.density_every)
         else:
-            parts = {id(p): s.mapping_gain for p in g.backbone.mapping.parameters()} | {id(p): s.decoder_gain for p in g.decoder.parameters()}
-            gains = {gain: [p for p in g.parameters() if parts.get(id(p), 1.) == gain] for gain in {1.: 0, s.mapping_gain: 0, s.decoder_gain: 0}}
-            groups = [{"params": held, "lr": s.warm_lr * gain} for gain, held in gains.items() if held]
+            gains, groups = {"backbone.mapping": s.mapping_gain, "decoder": s.decoder_gain}, {}
+            for name, p in g.named_parameters():
+                gain = next((v for part, v in gains.items() if name.startswith(part)), 1.)
+                groups.setdefault((gain, s.decay * name.endswith("weight")), []).append(p)
+            groups = [{"params": held, "lr": s.warm_lr * gain, "weight_decay": decay / gain} for (gain, decay), held in groups.items()]
             settings = dict(lr=s.warm_lr, betas=s.warm_betas)
-        found = {"generator": torch.optim.Adam(groups, eps=1e-8, **settings)}
+        found = {"generator": (torch.optim.AdamW if s.warm else torch.optim.Adam)(groups, eps=1e-8, **settings)}
         if s.adversarial:
             found["discriminator"] = torch.optim.Adam(self.discriminator.parameters(), eps=1e-8, **lazy(s.lr_discriminator, s.betas, s.r1_every))
         return found
@@ -455,6 +476,7 @@ class Prior(Stage):
         origins = camera.position[:, None].expand_as(directions)
         seen = trace_known(field, g.renderer, origins, directions, rays.distance, moment.generator, s.near, s.near_spread)
         losses = warm_losses(seen, rays, s, part)
+        if s.w_limit: losses["limit"] = s.w_limit * limit_loss(field, len(ws), moment.generator, s.density_limit, s.limit_points, g.renderer.box_warp)
         error = (seen.features[..., :3] - rays.rgb).detach() / 2
         losses["psnr"] = -10 * error.square().mean().clamp(min=1e-10).log10() # of the rays; logged only
         if s.patch and part >= s.patch_from: losses["gradient"] = s.w_gradient * gradient_loss(seen.features[..., :3], rays.rgb) / 2
@@ -474,7 +496,7 @@ class Prior(Stage):
         z = torch.randn(6, self.generator_config.z_dim, generator=generator, device=generator.device)
         return orbit(modules["generator"], z)
 
-# %% ../../nbs/training/prior.ipynb #09ef5cc1
+# %% ../../nbs/training/prior.ipynb #ab9924ef
 class Game(NamedTuple):
     "Data of the adversarial terms."
     image:Float[Tensor, "b 3 h w"]  # real, in [-1, 1]
@@ -533,7 +555,7 @@ class Play:
         s, g, ws = self.prior.stage, self.prior.generator, self.codes()
         return density_loss(g.field(self.prior.planes(ws, self.random)), len(ws), self.random, s.density_points, s.density_distance, g.renderer.box_warp)
 
-# %% ../../nbs/training/prior.ipynb #423d8fc5
+# %% ../../nbs/training/prior.ipynb #2b8778f2
 def _grey(distance:Tensor)->Tensor: # nearer is lighter
     return ((3.1 - distance.nan_to_num(posinf=3.1)) / .8).clamp(0, 1).expand(-1, 3, -1, -1)
 
