@@ -63,9 +63,9 @@ def test_paper_preset_has_the_published_sizes():
     assert embed + first + second == 800_768 and g.mapping_layers == 2
 
 
-def test_small_preset_is_the_measured_recipe():
+def test_small_preset_is_the_recipe_with_planes_of_eg3d():
     g = preset("small").generator
-    assert (g.image_resolution, g.plane_channels, g.plane_resolution) == (64, 16, 64)
+    assert (g.image_resolution, g.plane_channels, g.plane_resolution) == (64, 32, 64)
     assert (g.channels, g.start_resolution, g.depth_coarse, g.depth_fine) == ((192, 128, 96, 64), 8, 18, 6)
 
 

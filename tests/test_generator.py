@@ -46,12 +46,12 @@ def close(got, want, limit):
 
 
 # --- parity -----------------------------------------------------------------------------------------------------------
-# Features of the whole chain get 1e-5 where its stages alone keep 5e-6 (test_renderer_parity, test_stylegan_parity):
+# Features of the whole chain get 1.3e-5 where its stages alone keep 5e-6 (test_renderer_parity, test_stylegan_parity):
 # the density of these weights is twelve times as steep as usual, and EG3D's own float32 features are 1.3e-5 away from
 # the same chain in float64. Rays that differ by 1e-7 already make 5e-6.
 def compare(frame, numbers, rows=slice(None)):
-    close(frame.features.flatten(2).mT, numbers["out/feature"][rows], 1e-5)
-    close(frame.raw, numbers["out/image_raw"][rows], 1e-5)
+    close(frame.features.flatten(2).mT, numbers["out/feature"][rows], 1.3e-5)
+    close(frame.raw, numbers["out/image_raw"][rows], 1.3e-5)
     close(frame.depth, numbers["out/image_depth"][rows], 1e-5)
     close(frame.weight.flatten(2).mT, numbers["out/weights_sum"][rows], 5e-6)
     close(frame.image, numbers["out/image"][rows], 1e-4)
@@ -82,7 +82,7 @@ def test_one_face_chunks_and_strided_codes(numbers):
     network, camera = tiny_generator(numbers), Camera.from_label(numbers["in/c_render"])
     ws, random = numbers["out/ws"].mT.contiguous().mT, given(numbers)
     one = network.synthesis(ws[1:], camera[1:], tuple(r[1:] for r in random), chunk=50)
-    close(one.raw, numbers["out/image_raw"][1:], 1e-5)
+    close(one.raw, numbers["out/image_raw"][1:], 1.3e-5)
     close(one.image, numbers["out/image"][1:], 1e-4)
 
 
@@ -160,7 +160,7 @@ def test_seeds():
     first, same, other = (build_generator(config, seed) for seed in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), same.state_dict().values()))
     assert not torch.equal(first.decoder.net[0].weight, other.decoder.net[0].weight)
-    z, camera = torch.ones(1, 198), Camera.orbit(0, 0)
+    z, camera = torch.ones(1, 276), Camera.orbit(0, 0)
     runs = [first(z, camera, random=generator(s)).raw for s in (0, 0, 1)]
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
     assert torch.equal(first(z, camera).raw, first(z, camera).raw)
@@ -173,9 +173,9 @@ CONDITIONED = build_generator(replace(preset("smoke").generator, label_dim=25))
 
 
 @pytest.mark.parametrize("call,said", [
-    (lambda: SMOKE(torch.zeros(2, 198), Camera.orbit(torch.zeros(3), 0)), "camera must be one camera, or 2"),
-    (lambda: SMOKE(torch.zeros(2, 7), Camera.orbit(0, 0)), r"z must be \(b, 198\)"),
-    (lambda: CONDITIONED.map(torch.zeros(2, 198), Camera.orbit(torch.zeros(3), 0)), "condition must be one camera"),
+    (lambda: SMOKE(torch.zeros(2, 276), Camera.orbit(torch.zeros(3), 0)), "camera must be one camera, or 2"),
+    (lambda: SMOKE(torch.zeros(2, 7), Camera.orbit(0, 0)), r"z must be \(b, 276\)"),
+    (lambda: CONDITIONED.map(torch.zeros(2, 276), Camera.orbit(torch.zeros(3), 0)), "condition must be one camera"),
     (lambda: SMOKE.synthesis(torch.zeros(1, 3, 32), Camera.orbit(0, 0)), r"ws must be \(b, 6, 32\)"),
 ])
 def test_faults_name_the_argument(call, said):
