@@ -53,7 +53,7 @@ def compare(frame, numbers, rows=slice(None)):
     close(frame.features.flatten(2).mT, numbers["out/feature"][rows], 1.3e-5)
     close(frame.raw, numbers["out/image_raw"][rows], 1.3e-5)
     close(frame.depth, numbers["out/image_depth"][rows], 1e-5)
-    close(frame.weight.flatten(2).mT, numbers["out/weights_sum"][rows], 5e-6)
+    close(frame.weight.flatten(2).mT, numbers["out/weights_sum"][rows], 1.3e-5)
     close(frame.image, numbers["out/image"][rows], 1e-4)
 
 
