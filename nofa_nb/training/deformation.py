@@ -23,7 +23,7 @@ from nofa_nb.training.common import (AvatarStage, face_identity, parts_of, psnr,
     window_on_part)
 from .losses import DeformationLoss, Perceptual
 
-# %% ../../nbs/training/deformation.ipynb #8400eb7b
+# %% ../../nbs/training/deformation.ipynb #6fc12e37
 @dataclass(frozen=True)
 class DeformationStage:
     "Training of the whole model on videos (Sec. 3.4, 4.1)."
@@ -52,8 +52,8 @@ class DeformationStage:
 
 STAGES = MappingProxyType({
     "smoke": DeformationStage(steps=20, batch=2, lr=1e-3, warm_up=2, ema_half_life=.01, apart=2, w_shape=1., shape_only=.5, identity_size=0), # seconds
-    "small": DeformationStage(steps=5000, batch=4, lr=2e-4, warm_up=200, end=.05, ema_half_life=2., deformation_gain=5., apart=4, through=False,
-        window=32, whole_every=8, w_shape=1., shape_only=.2, identity_size=0), # forty minutes on two cores
+    "small": DeformationStage(steps=4000, batch=4, lr=2e-4, warm_up=200, end=.05, ema_half_life=2., deformation_gain=5., apart=4, through=False,
+        window=32, whole_every=16, w_shape=1., shape_only=.4, identity_size=0), # forty minutes on two cores
     "base": DeformationStage(steps=60_000, batch=8, lr=1e-4, warm_up=500, end=.05, ema_half_life=5., deformation_gain=5., apart=4, w_shape=1., shape_only=.1,
         identity_size=0),
     "paper": DeformationStage()})

@@ -19,7 +19,7 @@ from ..models.avatar import AvatarModel
 from .common import AvatarStage, as_rgb, psnr, random_window, rebuild, seen_pairs
 from .losses import Perceptual, SyntheticLoss, synthetic_losses
 
-# %% ../../nbs/training/detail.ipynb #835b3b33
+# %% ../../nbs/training/detail.ipynb #ad8bc3df
 @dataclass(frozen=True)
 class DetailStage:
     "Training of C and of the fusion (Sec. 3.4, 4.1)."
@@ -39,7 +39,7 @@ class DetailStage:
 
 STAGES = MappingProxyType({
     "smoke": DetailStage(steps=20, batch=2, lr=1e-3, warm_up=2, ema_half_life=.01), # seconds
-    "small": DetailStage(steps=2500, batch=8, lr=1e-3, warm_up=100, end=.05, ema_half_life=1., window=32, whole_every=16), # a quarter of an hour on two cores
+    "small": DetailStage(steps=1700, batch=8, lr=1e-3, warm_up=100, end=.05, ema_half_life=1., window=32, whole_every=16), # a quarter of an hour on two cores
     "base": DetailStage(steps=20_000, batch=16, lr=3e-4, warm_up=200, end=.05, ema_half_life=5.),
     "paper": DetailStage()})
 

@@ -18,7 +18,7 @@ from ..models.avatar import AvatarModel
 from .common import AvatarStage, as_rgb, psnr, random_window, seen_pairs
 from .losses import Perceptual, SyntheticLoss, synthetic_losses
 
-# %% ../../nbs/training/reconstruction.ipynb #4f2fe7ce
+# %% ../../nbs/training/reconstruction.ipynb #b0407aca
 @dataclass(frozen=True)
 class ReconstructionStage:
     "Training of E (Sec. 3.4, 4.1)."
@@ -41,7 +41,7 @@ class ReconstructionStage:
 
 STAGES = MappingProxyType({
     "smoke": ReconstructionStage(steps=30, batch=2, lr=1e-3, warm_up=2, ema_half_life=.01, regress=1/3), # seconds
-    "small": ReconstructionStage(steps=9000, batch=8, lr=5e-4, warm_up=200, end=.05, ema_half_life=2., regress=1/3, window=24, whole_every=16), # half an hour on two cores
+    "small": ReconstructionStage(steps=7000, batch=8, lr=5e-4, warm_up=200, end=.05, ema_half_life=2., regress=1/3, window=24, whole_every=16), # half an hour on two cores
     "base": ReconstructionStage(steps=60_000, batch=16, lr=2e-4, warm_up=500, end=.05, ema_half_life=5., regress=.2),
     "paper": ReconstructionStage()})
 
