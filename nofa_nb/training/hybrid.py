@@ -34,7 +34,7 @@ def turn(
     rounds, place = divmod(step, videos + 1)
     return ("synthetic", rounds) if place == videos else ("video", rounds * videos + place)
 
-# %% ../../nbs/training/hybrid.ipynb #2fda325b
+# %% ../../nbs/training/hybrid.ipynb #a3159a87
 @dataclass(frozen=True)
 class HybridStage:
     "Training with hybrid data (Sec. 3.4, 4.1)."
@@ -49,6 +49,7 @@ class HybridStage:
     synthetic:SyntheticLoss = field(default_factory=SyntheticLoss) # Eq. 9
     video:HybridLoss   = field(default_factory=HybridLoss) # Eq. 11 and 12 with 2.0 and 1.0
     apart:int          = 8       # held frames between source and target, at least; ours
+    through:bool       = True    # on synthetic pairs: gradients through the coarse picture that the residual is taken from
     window:int         = 0       # side of what is rendered, raw pixels; 0: whole pictures; ours
     whole_every:int    = 0       # steps of a kind from one whole picture to the next; 0: never; ours
     identity_size:int  = 112     # pixels of the aligned crops that F sees; ArcFace's. 0: the whole picture, as the world's F
@@ -60,13 +61,13 @@ class HybridStage:
         need(not alone, "video", "with w_bbox or w_rec above 0 where there are windows", self.video)
 
 STAGES = MappingProxyType({
-    "smoke": HybridStage(steps=12, batch=2, lr=1e-3, warm_up=2, ema_half_life=.01, apart=2, identity_size=0), # seconds
-    "small": HybridStage(steps=2400, batch=4, lr=2e-4, warm_up=100, end=.05, ema_half_life=1., apart=4, window=32, whole_every=6,
+    "smoke": HybridStage(steps=12, batch=2, lr=2e-4, warm_up=2, ema_half_life=.01, apart=2, identity_size=0), # seconds
+    "small": HybridStage(steps=900, batch=4, lr=2e-4, warm_up=100, end=.05, ema_half_life=1., apart=4, through=False, window=32, whole_every=12,
         identity_size=0), # a quarter of an hour on two cores
     "base": HybridStage(steps=20_000, batch=8, lr=1e-4, warm_up=200, end=.05, ema_half_life=5., apart=4, identity_size=0),
     "paper": HybridStage()})
 
-# %% ../../nbs/training/hybrid.ipynb #34b992e1
+# %% ../../nbs/training/hybrid.ipynb #1f7d8771
 class Hybrid(AvatarStage):
     "Trains the deformation field on videos and the whole model on synthetic pairs."
     def __init__(self,
@@ -117,7 +118,7 @@ class Hybrid(AvatarStage):
     def synthetic_step(self, pairs:SyntheticPairs, window:Window, moment:Moment)->dict[str, Tensor]:
         "Eq. 9, through the deformation (reading 7)."
         s, m, r = self.stage, self.model, self.model.preset.readings
-        avatar = rebuild(m, pairs.image[:, 0], Camera.from_label(pairs.camera[:, 0]), pairs.alpha, pairs.beta, moment.generator)
+        avatar = rebuild(m, pairs.image[:, 0], Camera.from_label(pairs.camera[:, 0]), pairs.alpha, pairs.beta, moment.generator, s.through)
         beta = pairs.beta if r.synthetic_render == "deformed" else None
         look = lambda camera, side: m.render(avatar, beta, camera, random=moment.generator, raw_resolution=side)
         found, truth = seen_pairs(look, pairs, window)
