@@ -12,7 +12,7 @@ FLOORS = {
 # In models only these compose siblings. A pretrained generator is one network under one set of weights, so `generator`
 # puts its own parts together; `avatar` puts everything together.
 COMPOSERS = {"avatar": None, "generator": {"triplane", "renderer", "superresolution"}}  # None: any sibling
-STAGES = {"prior", "reconstruction", "detail", "deformation", "hybrid", "audio", "adaptation"}
+STAGES = {"face3d", "identity", "prior", "reconstruction", "detail", "deformation", "hybrid", "audio", "adaptation"}
 
 
 def imported(source, module):

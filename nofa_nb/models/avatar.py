@@ -124,7 +124,7 @@ class Coarse(NamedTuple):
     feature:Float[Tensor, "b f r r"]    # F_c
     drawn:Float[Tensor, "b p r r"]|None # by the backbone up to F_c; None where F_c is the planes
 
-# %% ../../nbs/models/avatar.ipynb #70b90b79
+# %% ../../nbs/models/avatar.ipynb #14d2f788
 class AvatarModel(nn.Module):
     "Photo to avatar, avatar to picture (Fig. 2)."
     def __init__(self,
@@ -206,6 +206,7 @@ class AvatarModel(nn.Module):
         noise:Noises="const",                # of the backbone; not a list: it would be used up by the coarse pass
         random:Random=None,                  # of the samples along rays
         chunk:int|None=None,                 # rays at a time; None: all
+        through:bool=True,                   # gradients through the coarse picture; always where a learned alignment follows
     )->Avatar:
         "A photo becomes an avatar."
         side = self.preset.generator.image_resolution
@@ -216,7 +217,8 @@ class AvatarModel(nn.Module):
         camera = Camera(*(t.to(image).expand(len(image), -1, -1) for t in (camera.cam_to_world, camera.intrinsics)))
         ws = self.encode(image)
         coarse = self.coarse(ws, noise)
-        residual = self.residual(image, coarse, ws, camera, alpha, beta, random, chunk)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (through or self.alignment is not None)):
+            residual = self.residual(image, coarse, ws, camera, alpha, beta, random, chunk)
         feature = self.fuse(coarse.feature, residual, camera)
         return Avatar(self.refine(ws, feature, coarse.drawn, noise), coarse.planes, feature, ws, alpha, camera, image, coarse.drawn, beta)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'AdaptationStage', 'Adapted', 'adapt']
 
-# %% ../../nbs/training/adaptation.ipynb #d895c968
+# %% ../../nbs/training/adaptation.ipynb #3e698c94
 from dataclasses import dataclass, field, replace
 import math, time
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from ..core.errors import need, need_shape
 from ..experts.perceptual import load_perceptual
 from ..geometry.cameras import Camera
 from ..models.avatar import Avatar, AvatarModel
+from .loop import cosine
 from .losses import AdaptationLoss, Perceptual, View, adaptation_losses
 
 # %% ../../nbs/training/adaptation.ipynb #04d63116
@@ -83,7 +84,7 @@ def adapt(
         for p in free: p.requires_grad_(True)
     return Adapted(found, losses, best, seconds)
 
-# %% ../../nbs/training/adaptation.ipynb #c670b78a
+# %% ../../nbs/training/adaptation.ipynb #2c13158f
 def _descend(see, start:Tensor, image:Tensor, perceptual:Perceptual, stage:AdaptationStage, model:AvatarModel,
              foreground:Tensor|None, progress:bool)->tuple[Tensor, list[dict[str, float]], int, float]:
     "Adam on a feature, keeping the best."
@@ -101,7 +102,7 @@ def _descend(see, start:Tensor, image:Tensor, perceptual:Perceptual, stage:Adapt
             if losses[-1]["total"] < least: kept, least, best = feature.detach().clone(), losses[-1]["total"], step
             late = time.monotonic() - began >= s.seconds or (s.patience and step - best >= s.patience) or not math.isfinite(losses[-1]["total"])
             if step == s.steps or late: break
-            optimiser.param_groups[0]["lr"] = s.lr * unit * (s.end + (1 - s.end) * (1 + math.cos(math.pi * step / s.steps)) / 2)
+            optimiser.param_groups[0]["lr"] = s.lr * unit * cosine(step, s.steps, s.end)
             (feature.grad,) = torch.autograd.grad(total, feature)
             optimiser.step()
             bar.update(); bar.set_postfix(total=f"{least:.3g}", refresh=False)

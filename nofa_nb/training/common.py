@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PART_SHARES', 'Look', 'Window', 'whole_window', 'random_window', 'window_on_part', 'seen_pairs', 'seen_frame',
            'face_identity', 'parts_of', 'read_parts', 'rebuild', 'assembled', 'psnr', 'as_rgb', 'sheet', 'VideoViews',
-           'video_views', 'AvatarStage']
+           'video_views', 'pair_losses', 'depth_error', 'AvatarStage', 'SyntheticStage', 'VideoStage']
 
-# %% ../../nbs/training/common.ipynb #b6fa24c9
+# %% ../../nbs/training/common.ipynb #2100afa5
 from collections.abc import Callable, Mapping, Sequence
 import copy
 from pathlib import Path
@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from ..core.config import Readings
 from ..core.errors import need
 from ..core.repro import generator
-from ..data.synthetic3d import SyntheticPairs
-from ..data.videos import VideoPairs
+from ..data.synthetic3d import SyntheticPairs, SyntheticSet, SyntheticStream
+from ..data.videos import VideoPairs, VideoSet
 from ..geometry.alignment import arcface_transform, warp
 from ..geometry.cameras import RADIUS, Camera
 from ..geometry.sampling import Random
 from ..models.avatar import Avatar, AvatarModel
 from ..models.generator import Frame
 from .checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, unpack_modules
-from nofa_nb.training.losses import (DeformationLoss, Identity, Perceptual, View, bbox_loss, reconstruction_loss, video_losses,
-    weighted)
+from .losses import (DeformationLoss, Identity, Perceptual, SyntheticLoss, View, bbox_loss,
+    reconstruction_loss, synthetic_losses, video_losses, weighted)
 from .loop import Stage, Training, cosine, warm_up
 
 # %% ../../nbs/training/common.ipynb #57dca71a
@@ -175,7 +175,7 @@ def read_parts(
     unpack_modules(found.weights, {name: part for name, part in parts.items() if name in (only or there)})
     return found
 
-# %% ../../nbs/training/common.ipynb #1ff62ab7
+# %% ../../nbs/training/common.ipynb #9eb9f3a1
 def rebuild(
     model:AvatarModel,
     image:Float[Tensor, "b 3 s s"],       # I_s
@@ -186,15 +186,9 @@ def rebuild(
     through:bool=True,                    # gradients through the coarse picture; always where a learned alignment follows
 )->Avatar:
     "A photo becomes an avatar (Eq. 1 to 3)."
-    known, c = alpha is not None and alpha.shape[1] > 0, model.deformation.config
-    alpha = alpha if known else image.new_zeros(len(image), c.identity_dim)
-    beta = beta if beta is not None and beta.shape[1] else None
-    ws = model.encode(image)
-    coarse = model.coarse(ws)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and (through or model.alignment is not None)):
-        residual = model.residual(image, coarse, ws, camera, alpha, beta, random)
-    feature = model.fuse(coarse.feature, residual, camera)
-    return Avatar(model.refine(ws, feature, coarse.drawn), coarse.planes, feature, ws, alpha, camera, image, coarse.drawn, beta)
+    known = alpha is not None and alpha.shape[1] > 0
+    alpha = alpha if known else image.new_zeros(len(image), model.deformation.config.identity_dim)
+    return model.reconstruct(image, camera, alpha, beta if beta is not None and beta.shape[1] else None, random=random, through=through)
 
 # %% ../../nbs/training/common.ipynb #d0c11800
 def assembled(
@@ -270,11 +264,32 @@ def video_views(
         found.append((coarse.image, fine.image, model.render(avatar, None, camera).image, fine.depth))
     return VideoViews(*(torch.cat(t).float().cpu() for t in zip(*found)))
 
-# %% ../../nbs/training/common.ipynb #7f27777f
+# %% ../../nbs/training/common.ipynb #b4d2dc69
+def pair_losses(
+    look:Look,
+    pairs:SyntheticPairs,
+    window:Window,        # of the raw images
+    perceptual:Perceptual,
+    weights:SyntheticLoss,
+    readings:Readings,
+)->dict[str, Tensor]:     # weighted; and the target's PSNR, logged only
+    "What the losses say of both views of synthetic pairs."
+    found, truth = seen_pairs(look, pairs, window)
+    losses = synthetic_losses(found, truth, perceptual, weights, readings)
+    return losses | {"psnr": psnr(found[1].image, truth[1].image).mean().detach()}
+
+def depth_error(
+    depth:Float[Tensor, "b 1 r r"],
+    pairs:SyntheticPairs,
+    k:int,                # 0: source, 1: target
+)->Float[Tensor, ""]:     # world units
+    "L1 of distances in the foreground."
+    inside = (pairs.mask[:, k] > .5).float()
+    return ((depth - pairs.depth[:, k]).abs() * inside).sum() / inside.sum().clamp(min=1)
+
+# %% ../../nbs/training/common.ipynb #c632ffa0
 class AvatarStage(Stage):
     "A stage that trains parts of the model."
-    parts:tuple[str, ...] = () # that train
-
     def __init__(self,
         stage:object,       # settings: steps, batch, lr, betas, warm_up, end, ema_half_life
         model:AvatarModel,  # trained in place
@@ -284,7 +299,17 @@ class AvatarStage(Stage):
         self.stage, self.model, self.data_hash = stage, model, data_hash
         self.judges = [h for h in helpers if isinstance(h, nn.Module)]
         self.config = {"stage": type(self).__name__, "settings": stage, "preset": model.preset}
+        self.parts = self.trains(model)
         for name in self.parts: need(name in parts_of(model), "model", f"one with {name!r}", ", ".join(parts_of(model)))
+
+    def trains(self, model:AvatarModel)->tuple[str, ...]: return tuple(parts_of(model)) # names of parts
+
+    def side(self,
+        turn:int, # steps of a kind before this one
+    )->int:       # pixels; 0: the whole picture
+        "Side of a step's window."
+        s = self.stage
+        return 0 if s.whole_every and turn % s.whole_every == 0 else s.window
 
     def training(self, **changes)->Training:
         "Length and rhythm for the loop."
@@ -312,3 +337,66 @@ class AvatarStage(Stage):
         return sheet(columns) if columns else None
 
     def evaluate(self, modules, generator): return self.scores(assembled(self.model, modules))
+
+# %% ../../nbs/training/common.ipynb #36d6528f
+class SyntheticStage(AvatarStage):
+    "A stage that learns from synthetic pairs."
+    def __init__(self,
+        stage:object,                      # settings: those of `AvatarStage`, window, whole_every
+        model:AvatarModel,
+        data:SyntheticSet|SyntheticStream, # to learn from
+        perceptual:Perceptual,
+        validation:SyntheticSet|None=None, # to be measured on
+        measured:int=16,                   # pairs
+    ):
+        super().__init__(stage, model, data.data_hash, [perceptual])
+        self.pairs, self.perceptual = data, perceptual
+        self.held_out = None if validation is None else validation.at(torch.arange(min(measured, len(validation))))
+
+    def data(self, samples, seed):
+        pairs = self.pairs.batch(samples, seed)
+        return pairs, random_window(samples, seed, pairs.raw.shape[-1], self.side(samples.start // self.stage.batch))
+
+# %% ../../nbs/training/common.ipynb #136718d5
+class VideoStage(AvatarStage):
+    "A stage that learns from videos."
+    def __init__(self,
+        stage:object,                  # settings: those of `AvatarStage`, apart, window, whole_every, identity_size
+        model:AvatarModel,
+        data_hash:str,
+        videos:VideoSet,
+        perceptual:Perceptual,
+        identity:object|None,          # F; None where Eq. 12 has no weight
+        loss:DeformationLoss,          # of driven faces
+        validation:VideoSet|None=None, # to be measured on
+        measured:int=12,               # pairs
+    ):
+        super().__init__(stage, model, data_hash, [perceptual, identity])
+        need(identity is not None or not loss.w_id, "identity", "a network of faces", "None", "give one, or take w_id 0")
+        self.videos, self.perceptual, self.identity, self.driven_loss = videos, perceptual, identity, loss
+        self.held_out = None if validation is None else validation.pairs(range(measured), 0, stage.apart)
+
+    def video_data(self,
+        samples:range,
+        seed:int,
+        turn:int,      # steps on videos before this one
+    )->tuple[VideoPairs, Window, Tensor]:
+        "Pairs, windows around a part of the face, and which."
+        pairs = self.videos.pairs(samples, seed, self.stage.apart)
+        return pairs, *window_on_part(samples, seed, pairs.boxes, pairs.target.shape[-1], self.side(turn))
+
+    def drive(self,
+        avatar:Avatar,
+        pairs:VideoPairs,
+        window:Window,
+        part:Int64[Tensor, "b"],
+        random:torch.Generator,
+    )->tuple[Frame, dict[str, Tensor]]: # what is seen; weighted losses
+        "Show avatars with the target's expression from the target's side."
+        camera = window.look(Camera.from_label(pairs.target_camera))
+        frame = self.model.render(avatar, pairs.target_beta, camera, random=random, raw_resolution=None if window.whole else window.side)
+        identity = face_identity(self.identity, pairs.points, self.stage.identity_size) if self.driven_loss.w_id else None
+        return frame, seen_frame(frame, pairs, window, part, self.perceptual, identity, self.driven_loss, self.model.preset.readings)
+
+    def scores(self, model): return {} if self.held_out is None else video_views(model, self.held_out).scores(self.held_out)
+    def rows(self, model): return [] if self.held_out is None else video_views(model, self.held_out).rows(self.held_out)

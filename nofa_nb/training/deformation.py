@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'DeformationStage', 'FacePoints', 'shape_loss', 'Deformation']
 
-# %% ../../nbs/training/deformation.ipynb #03111526
+# %% ../../nbs/training/deformation.ipynb #81a5188d
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -19,8 +19,7 @@ from ..geometry.cameras import Camera
 from ..geometry.morphable import MorphableModel
 from ..models.avatar import AvatarModel
 from ..models.deformation import DeformationField
-from nofa_nb.training.common import (AvatarStage, face_identity, parts_of, psnr, rebuild, seen_frame, video_views,
-    window_on_part)
+from .common import VideoStage, parts_of, psnr, rebuild
 from .losses import DeformationLoss, Perceptual
 
 # %% ../../nbs/training/deformation.ipynb #6fc12e37
@@ -100,8 +99,8 @@ def shape_loss(
     squared = error.square().sum(-1, keepdim=True).split([points, air.shape[1]], 1)
     return 1e4 * (squared[0].mean() + torch.where(near, 0., squared[1]).mean() / 3)
 
-# %% ../../nbs/training/deformation.ipynb #fdaaf417
-class Deformation(AvatarStage):
+# %% ../../nbs/training/deformation.ipynb #05d6d82d
+class Deformation(VideoStage):
     "Trains the whole model on videos."
     def __init__(self,
         stage:DeformationStage,
@@ -113,14 +112,10 @@ class Deformation(AvatarStage):
         validation:VideoSet|None=None, # to be measured on
         measured:int=12,               # pairs
     ):
-        self.parts = tuple(parts_of(model))
-        super().__init__(stage, model, data.data_hash, [perceptual, identity])
-        need(identity is not None or not stage.loss.w_id, "identity", "a network of faces", "None", "give one, or take w_id 0")
+        super().__init__(stage, model, data.data_hash, data, perceptual, identity, stage.loss, validation, measured)
         need(face is not None or not stage.w_shape, "face", "the face model that alpha and beta belong to", "None", "give it, or take w_shape 0")
-        self.videos, self.perceptual, self.identity = data, perceptual, identity
         self.face = FacePoints(face, model.deformation.box_warp) if stage.w_shape else None
         self.judges += [self.face] if self.face is not None else []
-        self.held_out = None if validation is None else validation.pairs(range(measured), 0, stage.apart)
 
     def optimisers(self):
         s, parts = self.stage, parts_of(self.model)
@@ -128,11 +123,7 @@ class Deformation(AvatarStage):
         others = [p for part in parts.values() for p in part.parameters()]
         return {"model": torch.optim.Adam([{"params": others}, {"params": mine, "lr": s.lr * s.deformation_gain}], lr=s.lr, betas=s.betas)}
 
-    def data(self, samples, seed):
-        s, step = self.stage, samples.start // self.stage.batch
-        pairs = self.videos.pairs(samples, seed, s.apart)
-        side = 0 if s.whole_every and step % s.whole_every == 0 else s.window
-        return pairs, *window_on_part(samples, seed, pairs.boxes, pairs.target.shape[-1], side)
+    def data(self, samples, seed): return self.video_data(samples, seed, samples.start // self.stage.batch)
 
     def step(self, batch, moment):
         s, m, (pairs, window, part) = self.stage, self.model, batch
@@ -140,12 +131,6 @@ class Deformation(AvatarStage):
         if s.w_shape: losses["shape"] = s.w_shape * shape_loss(m.deformation, self.face, pairs.alpha, pairs.target_beta, moment.generator, s.shape_points)
         if moment.step < s.shape_only * s.steps: return (yield "model", losses)
         avatar = rebuild(m, pairs.source, Camera.from_label(pairs.source_camera), pairs.alpha, pairs.source_beta, moment.generator, s.through)
-        camera = window.look(Camera.from_label(pairs.target_camera))
-        frame = m.render(avatar, pairs.target_beta, camera, random=moment.generator, raw_resolution=None if window.whole else window.side)
-        identity = face_identity(self.identity, pairs.points, s.identity_size) if s.loss.w_id else None
-        losses |= seen_frame(frame, pairs, window, part, self.perceptual, identity, s.loss, m.preset.readings)
+        frame, driven = self.drive(avatar, pairs, window, part, moment.generator)
         shown = frame.image if window.whole else frame.raw
-        yield "model", losses | {"psnr": psnr(shown, window.cut(pairs.target)).mean().detach()}
-
-    def scores(self, model): return {} if self.held_out is None else video_views(model, self.held_out).scores(self.held_out)
-    def rows(self, model): return [] if self.held_out is None else video_views(model, self.held_out).rows(self.held_out)
+        yield "model", losses | driven | {"psnr": psnr(shown, window.cut(pairs.target)).mean().detach()}

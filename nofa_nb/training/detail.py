@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'DetailStage', 'Detail']
 
-# %% ../../nbs/training/detail.ipynb #b484d31a
+# %% ../../nbs/training/detail.ipynb #10b36115
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -16,8 +16,8 @@ from ..core.errors import need
 from ..data.synthetic3d import SyntheticSet, SyntheticStream
 from ..geometry.cameras import Camera
 from ..models.avatar import AvatarModel
-from .common import AvatarStage, as_rgb, psnr, random_window, rebuild, seen_pairs
-from .losses import Perceptual, SyntheticLoss, synthetic_losses
+from .common import SyntheticStage, as_rgb, depth_error, pair_losses, psnr, rebuild
+from .losses import SyntheticLoss
 
 # %% ../../nbs/training/detail.ipynb #ad8bc3df
 @dataclass(frozen=True)
@@ -43,34 +43,16 @@ STAGES = MappingProxyType({
     "base": DetailStage(steps=20_000, batch=16, lr=3e-4, warm_up=200, end=.05, ema_half_life=5.),
     "paper": DetailStage()})
 
-# %% ../../nbs/training/detail.ipynb #d386dfc3
-class Detail(AvatarStage):
-    "Trains C and the fusion."
-    def __init__(self,
-        stage:DetailStage,
-        model:AvatarModel,                 # with a trained encoder
-        data:SyntheticSet|SyntheticStream, # to learn from
-        perceptual:Perceptual,
-        validation:SyntheticSet|None=None, # to be measured on
-        measured:int=16,                   # pairs
-    ):
-        self.parts = ("detail", "fusion") + (("alignment",) if model.alignment is not None else ())
-        super().__init__(stage, model, data.data_hash, [perceptual])
-        self.pairs, self.perceptual = data, perceptual
-        self.held_out = None if validation is None else validation.at(torch.arange(min(measured, len(validation))))
-
-    def data(self, samples, seed):
-        s, pairs, step = self.stage, self.pairs.batch(samples, seed), samples.start // self.stage.batch
-        whole = s.whole_every and step % s.whole_every == 0
-        return pairs, random_window(samples, seed, pairs.raw.shape[-1], 0 if whole else s.window)
+# %% ../../nbs/training/detail.ipynb #1acf0760
+class Detail(SyntheticStage):
+    "Trains C and the fusion; its model has a trained encoder."
+    def trains(self, model): return ("detail", "fusion") + (("alignment",) if model.alignment is not None else ())
 
     def step(self, batch, moment):
         s, m, (pairs, window) = self.stage, self.model, batch
         avatar = rebuild(m, pairs.image[:, 0], Camera.from_label(pairs.camera[:, 0]), pairs.alpha, pairs.beta, moment.generator)
         look = lambda camera, side: m.render(avatar, None, camera, random=moment.generator, raw_resolution=side)
-        found, truth = seen_pairs(look, pairs, window)
-        losses = synthetic_losses(found, truth, self.perceptual, s.loss, m.preset.readings)
-        yield "model", losses | {"psnr": psnr(found[1].image, truth[1].image).mean().detach()}
+        yield "model", pair_losses(look, pairs, window, self.perceptual, s.loss, m.preset.readings)
 
     def views(self, model:AvatarModel)->list[dict[str, Tensor]]: # of source and target: coarse, fine, depth
         "How the held-out pairs are reconstructed."
@@ -88,8 +70,7 @@ class Detail(AvatarStage):
         p, found = self.held_out, {}
         for k, (view, seen) in enumerate(zip(("source", "target"), self.views(model))):
             for name in ("coarse", "fine"): found[f"psnr_{view}_{name}"] = float(psnr(seen[name], p.image[:, k]).mean())
-            inside = (p.mask[:, k] > .5).float()
-            found[f"depth_l1_{view}"] = float(((seen["depth"] - p.depth[:, k]).abs() * inside).sum() / inside.sum().clamp(min=1))
+            found[f"depth_l1_{view}"] = float(depth_error(seen["depth"], p, k))
         return found
 
     def rows(self, model):

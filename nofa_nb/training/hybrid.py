@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Turn', 'STAGES', 'turn', 'HybridStage', 'Hybrid']
 
-# %% ../../nbs/training/hybrid.ipynb #7db552fa
+# %% ../../nbs/training/hybrid.ipynb #3a5180ae
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
@@ -18,8 +18,7 @@ from ..data.synthetic3d import SyntheticPairs, SyntheticSet, SyntheticStream
 from ..data.videos import VideoPairs, VideoSet
 from ..geometry.cameras import Camera
 from ..models.avatar import AvatarModel
-from .common import (AvatarStage, Window, face_identity, parts_of, psnr, random_window, rebuild, seen_frame,
-    seen_pairs, video_views, window_on_part)
+from .common import VideoStage, Window, pair_losses, parts_of, random_window, rebuild
 from .loop import Moment
 from .losses import HybridLoss, Perceptual, SyntheticLoss, synthetic_losses
 
@@ -67,8 +66,8 @@ STAGES = MappingProxyType({
     "base": HybridStage(steps=20_000, batch=8, lr=1e-4, warm_up=200, end=.05, ema_half_life=5., apart=4, identity_size=0),
     "paper": HybridStage()})
 
-# %% ../../nbs/training/hybrid.ipynb #1f7d8771
-class Hybrid(AvatarStage):
+# %% ../../nbs/training/hybrid.ipynb #db25e048
+class Hybrid(VideoStage):
     "Trains the deformation field on videos and the whole model on synthetic pairs."
     def __init__(self,
         stage:HybridStage,
@@ -80,27 +79,24 @@ class Hybrid(AvatarStage):
         validation:VideoSet|None=None,     # to be measured on
         measured:int=12,                   # pairs
     ):
-        r = model.preset.readings
-        self.parts = tuple(name for name in parts_of(model) if r.hybrid_trains == "all" or name != "generator")
-        super().__init__(stage, model, f"{synthetic.data_hash}+{videos.data_hash}", [perceptual, identity])
-        need(identity is not None or not stage.video.w_id, "identity", "a network of faces", "None", "give one, or take w_id 0")
+        super().__init__(stage, model, f"{synthetic.data_hash}+{videos.data_hash}", videos, perceptual, identity, stage.video, validation, measured)
         known = synthetic.batch(range(1), 0).beta.shape[1]
-        need(known or r.synthetic_render == "canonical", "synthetic", 'pairs with alpha and beta, as readings.synthetic_render is "deformed"', "none", "make them with an estimator")
-        self.synthetic, self.videos, self.perceptual, self.identity = synthetic, videos, perceptual, identity
-        self.held_out = None if validation is None else validation.pairs(range(measured), 0, stage.apart)
+        need(known or model.preset.readings.synthetic_render == "canonical", "synthetic", 'pairs with alpha and beta, as readings.synthetic_render is "deformed"', "none", "make them with an estimator")
+        self.synthetic = synthetic
+
+    def trains(self, model):
+        return tuple(name for name in parts_of(model) if model.preset.readings.hybrid_trains == "all" or name != "generator")
 
     def optimisers(self): return {"video": self.adam(["deformation"]), "synthetic": self.adam(self.parts)}
 
     def data(self, samples, seed):
-        s, b = self.stage, self.stage.batch
-        kind, n = turn(samples.start // b, s.videos)
+        b = self.stage.batch
+        kind, n = turn(samples.start // b, self.stage.videos)
         first = n * b + samples.start % b
-        mine, side = range(first, first + len(samples)), 0 if s.whole_every and n % s.whole_every == 0 else s.window
-        if kind == "video":
-            pairs = self.videos.pairs(mine, seed, s.apart)
-            return pairs, *window_on_part(mine, seed, pairs.boxes, pairs.target.shape[-1], side)
+        mine = range(first, first + len(samples))
+        if kind == "video": return self.video_data(mine, seed, n)
         pairs = self.synthetic.batch(mine, seed)
-        return pairs, random_window(mine, seed, pairs.raw.shape[-1], side)
+        return pairs, random_window(mine, seed, pairs.raw.shape[-1], self.side(n))
 
     def step(self, batch, moment):
         kind, _ = turn(moment.step, self.stage.videos)
@@ -108,12 +104,9 @@ class Hybrid(AvatarStage):
 
     def video_step(self, pairs:VideoPairs, window:Window, part:Tensor, moment:Moment)->dict[str, Tensor]:
         "Eq. 11 and 12, through the deformation alone."
-        s, m, w = self.stage, self.model, self.stage.video
-        with torch.no_grad(): avatar = rebuild(m, pairs.source, Camera.from_label(pairs.source_camera), pairs.alpha, pairs.source_beta, moment.generator)
-        camera = window.look(Camera.from_label(pairs.target_camera))
-        frame = m.render(avatar, pairs.target_beta, camera, random=moment.generator, raw_resolution=None if window.whole else window.side)
-        identity = face_identity(self.identity, pairs.points, s.identity_size) if w.w_id else None
-        return seen_frame(frame, pairs, window, part, self.perceptual, identity, w, m.preset.readings)
+        source = Camera.from_label(pairs.source_camera)
+        with torch.no_grad(): avatar = rebuild(self.model, pairs.source, source, pairs.alpha, pairs.source_beta, moment.generator)
+        return self.drive(avatar, pairs, window, part, moment.generator)[1]
 
     def synthetic_step(self, pairs:SyntheticPairs, window:Window, moment:Moment)->dict[str, Tensor]:
         "Eq. 9, through the deformation (reading 7)."
@@ -121,9 +114,4 @@ class Hybrid(AvatarStage):
         avatar = rebuild(m, pairs.image[:, 0], Camera.from_label(pairs.camera[:, 0]), pairs.alpha, pairs.beta, moment.generator, s.through)
         beta = pairs.beta if r.synthetic_render == "deformed" else None
         look = lambda camera, side: m.render(avatar, beta, camera, random=moment.generator, raw_resolution=side)
-        found, truth = seen_pairs(look, pairs, window)
-        losses = synthetic_losses(found, truth, self.perceptual, s.synthetic, r)
-        return losses | {"psnr": psnr(found[1].image, truth[1].image).mean().detach()}
-
-    def scores(self, model): return {} if self.held_out is None else video_views(model, self.held_out).scores(self.held_out)
-    def rows(self, model): return [] if self.held_out is None else video_views(model, self.held_out).rows(self.held_out)
+        return pair_losses(look, pairs, window, self.perceptual, s.synthetic, r)

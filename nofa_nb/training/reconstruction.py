@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'ReconstructionStage', 'Reconstruction']
 
-# %% ../../nbs/training/reconstruction.ipynb #483a2f54
+# %% ../../nbs/training/reconstruction.ipynb #28ac2f24
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -15,8 +15,8 @@ from ..core.errors import need
 from ..data.synthetic3d import SyntheticSet, SyntheticStream
 from ..geometry.cameras import Camera
 from ..models.avatar import AvatarModel
-from .common import AvatarStage, as_rgb, psnr, random_window, seen_pairs
-from .losses import Perceptual, SyntheticLoss, synthetic_losses
+from .common import SyntheticStage, as_rgb, depth_error, pair_losses, psnr
+from .losses import SyntheticLoss
 
 # %% ../../nbs/training/reconstruction.ipynb #b0407aca
 @dataclass(frozen=True)
@@ -45,27 +45,10 @@ STAGES = MappingProxyType({
     "base": ReconstructionStage(steps=60_000, batch=16, lr=2e-4, warm_up=500, end=.05, ema_half_life=5., regress=.2),
     "paper": ReconstructionStage()})
 
-# %% ../../nbs/training/reconstruction.ipynb #9b9c0007
-class Reconstruction(AvatarStage):
-    "Trains E."
-    parts = ("encoder",)
-
-    def __init__(self,
-        stage:ReconstructionStage,
-        model:AvatarModel,             # its generator is the teacher, or has the teacher's weights
-        data:SyntheticSet|SyntheticStream, # to learn from
-        perceptual:Perceptual,
-        validation:SyntheticSet|None=None, # to be measured on
-        measured:int=16,               # pairs
-    ):
-        super().__init__(stage, model, data.data_hash, [perceptual])
-        self.pairs, self.perceptual = data, perceptual
-        self.held_out = None if validation is None else validation.at(torch.arange(min(measured, len(validation))))
-
-    def data(self, samples, seed):
-        s, pairs, step = self.stage, self.pairs.batch(samples, seed), samples.start // self.stage.batch
-        whole = s.whole_every and step % s.whole_every == 0
-        return pairs, random_window(samples, seed, pairs.raw.shape[-1], 0 if whole else s.window)
+# %% ../../nbs/training/reconstruction.ipynb #76d5df8c
+class Reconstruction(SyntheticStage):
+    "Trains E; its model's generator is the teacher, or has the teacher's weights."
+    def trains(self, model): return ("encoder",)
 
     def step(self, batch, moment):
         s, m, (pairs, window) = self.stage, self.model, batch
@@ -73,9 +56,7 @@ class Reconstruction(AvatarStage):
         if moment.step < s.regress * s.steps: return (yield "model", {"codes": s.w_ws * (ws - pairs.ws).square().mean()})
         field = m.generator.field(m.coarse(ws).planes)
         look = lambda camera, side: m.generator.image_of(field, ws, camera, moment.generator, side)
-        found, truth = seen_pairs(look, pairs, window)
-        losses = synthetic_losses(found, truth, self.perceptual, s.loss, m.preset.readings)
-        yield "model", losses | {"psnr": psnr(found[1].image, truth[1].image).mean().detach()}
+        yield "model", pair_losses(look, pairs, window, self.perceptual, s.loss, m.preset.readings)
 
     def views(self, model:AvatarModel)->tuple: # what the held-out pairs look like
         "Source and target as the coarse volume shows them, and the codes."
@@ -88,8 +69,7 @@ class Reconstruction(AvatarStage):
     def scores(self, model):
         if self.held_out is None: return {}
         p, (ws, seen) = self.held_out, self.views(model)
-        inside = [(p.mask[:, k] > .5).float() for k in (0, 1)]
-        away = [((seen[k][1] - p.depth[:, k]).abs() * inside[k]).sum() / inside[k].sum().clamp(min=1) for k in (0, 1)]
+        away = [depth_error(seen[k][1], p, k) for k in (0, 1)]
         both = [psnr(seen[k][0], p.image[:, k]).mean() for k in (0, 1)]
         found = {"psnr_source": both[0], "psnr_target": both[1], "depth_l1": sum(away) / 2, "codes": (ws - p.ws).square().mean()}
         return {name: float(value) for name, value in found.items()}
