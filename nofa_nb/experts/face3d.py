@@ -7,7 +7,7 @@ __all__ = ['STRETCH', 'FAINT', 'POSE_SCALES', 'FACES', 'DEEP3D_HEADS', 'FacePara
            'usual_crop', 'FaceConfig', 'FaceRegressor', 'Deep3DRegressor', 'read_pth', 'fill', 'load_deep3d', 'frozen',
            'record_config', 'load_face3d', 'landmarks', 'draw_landmarks']
 
-# %% ../../nbs/experts/face3d.ipynb #a26d99be
+# %% ../../nbs/experts/face3d.ipynb #83ea521e
 from dataclasses import dataclass, field, fields
 import os
 from pathlib import Path
@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
+from ..core.config import PRESETS
 from ..core.errors import InputError, MissingResource, need, need_shape
 from ..core.weights import find_weights, load_weights
 from ..geometry.cameras import FOCAL, PIVOT, RADIUS, Camera, look_rotation, pose_angles, pose_rotation
@@ -206,7 +207,7 @@ def load_deep3d(
     layers = [len({k.split(".")[2] for k in nested if k.startswith(f"backbone.layer{i}.")}) for i in (1, 2, 3, 4)]
     return fill(Deep3DRegressor(tuple(layers), len(first), size), nested, path, ("backbone.fc.",)).eval()
 
-# %% ../../nbs/experts/face3d.ipynb #e152243a
+# %% ../../nbs/experts/face3d.ipynb #a012db14
 def frozen(
     module:nn.Module,
 )->nn.Module: # the same
@@ -232,7 +233,7 @@ def load_face3d(
     need(backend in ("world", "deep3d"), "backend", "'world' or 'deep3d'", repr(backend))
     if backend == "deep3d":
         place = Path(os.environ.get("NOFA_WEIGHTS", "."))/"paper"/"face3d"/"epoch_20.pth"
-        return frozen(load_deep3d(place if preset in ("smoke", "small", "base", "paper") else preset))
+        return frozen(load_deep3d(place if preset in PRESETS else preset))
     tensors, record = load_weights(preset if isinstance(preset, Path) else find_weights(preset, "face3d"))
     return frozen(fill(FaceRegressor(record_config(FaceConfig, record["config"])), tensors, "the weights"))
 

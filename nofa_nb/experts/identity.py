@@ -6,7 +6,7 @@
 __all__ = ['IDENTITIES', 'EPS', 'IdentityConfig', 'IdentityNetwork', 'ImprovedBlock', 'ArcFaceNetwork', 'load_arcface',
            'load_identity']
 
-# %% ../../nbs/experts/identity.ipynb #dc52f13a
+# %% ../../nbs/experts/identity.ipynb #c8bc8f6e
 from dataclasses import dataclass, field
 import os
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..core.config import PRESETS
 from ..core.errors import need, need_shape
 from ..core.repro import generator
 from ..core.weights import find_weights, load_weights
@@ -124,7 +125,7 @@ def load_arcface(
     dim, places = len(found["fc.weight"]), found["fc.weight"].shape[1] // channels[-1]
     return fill(ArcFaceNetwork(layers, channels, dim, 16 * round(places**.5)), found, path).eval()
 
-# %% ../../nbs/experts/identity.ipynb #db641bd7
+# %% ../../nbs/experts/identity.ipynb #a14a9a43
 def load_identity(
     preset:str|Path="small",                    # or a folder of weights; for "arcface" perhaps the file
     backend:Literal["world", "arcface"]="world",
@@ -133,6 +134,6 @@ def load_identity(
     need(backend in ("world", "arcface"), "backend", "'world' or 'arcface'", repr(backend))
     if backend == "arcface":
         place = Path(os.environ.get("NOFA_WEIGHTS", "."))/"paper"/"identity"/"backbone.pth"
-        return frozen(load_arcface(place if preset in ("smoke", "small", "base", "paper") else preset))
+        return frozen(load_arcface(place if preset in PRESETS else preset))
     tensors, record = load_weights(preset if isinstance(preset, Path) else find_weights(preset, "identity"))
     return frozen(fill(IdentityNetwork(record_config(IdentityConfig, record["config"])), tensors, "the weights"))

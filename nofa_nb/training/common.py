@@ -7,7 +7,7 @@ __all__ = ['PART_SHARES', 'Look', 'Window', 'whole_window', 'random_window', 'wi
            'face_identity', 'parts_of', 'read_parts', 'rebuild', 'assembled', 'psnr', 'as_rgb', 'sheet', 'VideoViews',
            'video_views', 'pair_losses', 'depth_error', 'AvatarStage', 'SyntheticStage', 'VideoStage']
 
-# %% ../../nbs/training/common.ipynb #2100afa5
+# %% ../../nbs/training/common.ipynb #c834e226
 from collections.abc import Callable, Mapping, Sequence
 import copy
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..models.generator import Frame
 from .checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, unpack_modules
 from .losses import (DeformationLoss, Identity, Perceptual, SyntheticLoss, View, bbox_loss,
     reconstruction_loss, synthetic_losses, video_losses, weighted)
-from .loop import Stage, Training, cosine, warm_up
+from .loop import Stage, cosine, warm_up
 
 # %% ../../nbs/training/common.ipynb #57dca71a
 class Window(NamedTuple):
@@ -287,7 +287,7 @@ def depth_error(
     inside = (pairs.mask[:, k] > .5).float()
     return ((depth - pairs.depth[:, k]).abs() * inside).sum() / inside.sum().clamp(min=1)
 
-# %% ../../nbs/training/common.ipynb #c632ffa0
+# %% ../../nbs/training/common.ipynb #c7b679a4
 class AvatarStage(Stage):
     "A stage that trains parts of the model."
     def __init__(self,
@@ -310,11 +310,6 @@ class AvatarStage(Stage):
         "Side of a step's window."
         s = self.stage
         return 0 if s.whole_every and turn % s.whole_every == 0 else s.window
-
-    def training(self, **changes)->Training:
-        "Length and rhythm for the loop."
-        s = self.stage
-        return Training(**{**dict(steps=s.steps, batch=s.batch, ema_half_life=s.ema_half_life), **changes})
 
     def modules(self): return parts_of(self.model)
     def helpers(self): return self.judges

@@ -6,7 +6,7 @@
 __all__ = ['SMALL_UNITS', 'STAGES', 'Points', 'FaceStage', 'Truth', 'face_losses', 'answers', 'errors', 'correlation', 'measure',
            'FaceTraining', 'sheet']
 
-# %% ../../nbs/training/face3d.ipynb #770f7191
+# %% ../../nbs/training/face3d.ipynb #b1650f66
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from ..data.augment import Augmentation, Faces, augment, faces_of
 from ..data.rays import RaySet
 from ..experts.face3d import POSE_SCALES, FaceConfig, FaceParameters, FaceRegressor, camera_pose, draw_landmarks, landmarks, pose_camera
 from ..geometry.cameras import Camera
-from .loop import Stage, Training, cosine, warm_up
+from .loop import Stage, cosine, warm_up
 from ..world.head import Head, load_head
 from ..world.motion import UNIT
 
@@ -165,7 +165,7 @@ def measure(
     return numbers | {"jaw": of("jawOpen"), "blink": of("eyeBlinkLeft", "eyeBlinkRight"), "smile": of("mouthSmileLeft", "mouthSmileRight"),
                       "alpha": float((correlation(said.alpha, truth.alpha) * w).sum() / w.sum())}
 
-# %% ../../nbs/training/face3d.ipynb #74eb8a26
+# %% ../../nbs/training/face3d.ipynb #1aab3001
 class FaceTraining(Stage):
     "Trains M."
     def __init__(self,
@@ -180,11 +180,6 @@ class FaceTraining(Stage):
         self.config, self.data_hash = {"face3d": stage, "network": config, "seed": seed}, data.data_hash
         self.held_out = {} if validation is None else {"": faces_of(validation, torch.arange(len(validation)))}
         if validation is not None: self.held_out["moved_"] = augment(self.held_out[""], replace(stage.augmentation, plain=0.), stream(0, "measured"))
-
-    def training(self, **changes)->Training:
-        "Length and rhythm for the loop."
-        s = self.stage
-        return Training(**{**dict(steps=s.steps, batch=s.batch, precision=s.precision, clip=s.clip, ema_half_life=s.ema_half_life), **changes})
 
     def modules(self): return {"face3d": self.model}
     def helpers(self): return [self.points]

@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'arcface_logits', 'IdentityStage', 'margin_at', 'pairs', 'best_threshold', 'verify', 'embed', 'relit',
            'Centres', 'IdentityTraining', 'hardest']
 
-# %% ../../nbs/training/identity.ipynb #0c9fd613
+# %% ../../nbs/training/identity.ipynb #c41c41b4
 from dataclasses import dataclass, field
 import math
 from types import MappingProxyType
@@ -23,7 +23,7 @@ from ..data.augment import Augmentation, Faces, augment, faces_of
 from ..data.rays import RaySet
 from ..experts.identity import IdentityConfig, IdentityNetwork
 from ..geometry.cameras import Camera
-from .loop import Stage, Training, cosine, warm_up
+from .loop import Stage, cosine, warm_up
 from ..world.bust import dress, person_from_code
 from ..world.portraits import render
 
@@ -159,7 +159,7 @@ class Centres(nn.Module):
         "Cosines."
         return embeddings @ F.normalize(self.weight, dim=-1).T
 
-# %% ../../nbs/training/identity.ipynb #17226e3d
+# %% ../../nbs/training/identity.ipynb #cdb49053
 class IdentityTraining(Stage):
     "Trains F."
     def __init__(self,
@@ -180,11 +180,6 @@ class IdentityTraining(Stage):
             self.held_out = {"": faces_of(validation, torch.arange(len(validation)))}
             self.held_out["moved_"] = augment(self.held_out[""], stage.augmentation, stream(0, "measured"))
             if light: self.held_out["relit_"] = relit(validation)
-
-    def training(self, **changes)->Training:
-        "Length and rhythm for the loop."
-        s = self.stage
-        return Training(**{**dict(steps=s.steps, batch=s.batch, precision=s.precision, clip=s.clip, ema_half_life=s.ema_half_life), **changes})
 
     def modules(self): return {"identity": self.model, "centres": self.centres}
     def averaged(self): return ["identity"]

@@ -6,11 +6,11 @@
 __all__ = ['Losses', 'Moment', 'Stage', 'Training', 'constant', 'warm_up', 'cosine', 'ema_weight', 'average', 'seeded',
            'make_fabric', 'Diverged', 'update', 'Batches', 'Outcome', 'train']
 
-# %% ../../nbs/training/loop.ipynb #8351598d
+# %% ../../nbs/training/loop.ipynb #efb4867a
 import copy, math, os, random, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from shutil import rmtree
 from typing import Literal
@@ -29,7 +29,7 @@ from ..core.repro import code_version, describe_device, generator, now, rng
 from .checkpoint import (Checkpoint, Log, checkpoints, latest_checkpoint, pack_modules, pack_optimisers,
     parameter_names, plain_config, same_config, save_checkpoint, unpack_modules, unpack_optimisers)
 
-# %% ../../nbs/training/loop.ipynb #3c417af2
+# %% ../../nbs/training/loop.ipynb #c2f2dde4
 @dataclass(frozen=True)
 class Moment:
     "Where in the training a step is."
@@ -41,6 +41,7 @@ Losses = Iterator[tuple[str, Mapping[str, Tensor]]] # optimiser, {term: weighted
 
 class Stage:
     "What the loop asks of a training stage; `train` runs it."
+    stage:object = None     # settings; those that `Training` has too are taken over by `training`
     config:object = None    # a dataclass or a mapping that JSON holds
     data_hash:str = "none"  # SHA-256 of the data's manifest
 
@@ -48,6 +49,9 @@ class Stage:
     def optimisers(self)->dict[str, Optimizer]: raise NotImplementedError   # asked for after the modules have moved to the device
     def data(self, samples:range, seed:int)->object: raise NotImplementedError # on the CPU: tensors, nested, or with `.to(device)`
     def step(self, batch:object, moment:Moment)->Losses: raise NotImplementedError
+
+    def training(self, **changes:object)->"Training": # length and rhythm of it
+        return Training(**{f.name: getattr(self.stage, f.name) for f in fields(Training) if hasattr(self.stage, f.name)} | changes)
 
     def helpers(self)->Sequence[nn.Module]: return ()
     def averaged(self)->Sequence[str]: return ()

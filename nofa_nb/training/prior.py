@@ -8,7 +8,7 @@ __all__ = ['Objective', 'STAGES', 'MASK', 'real_loss', 'fake_loss', 'r1_loss', '
            'limit_loss', 'gradient_loss', 'low_planes', 'psnr', 'ssim', 'Views', 'draw', 'truth_of', 'box_mask',
            'score', 'Prior', 'Game', 'Pair', 'Play', 'comparison', 'orbit']
 
-# %% ../../nbs/training/prior.ipynb #c1624538
+# %% ../../nbs/training/prior.ipynb #07ce88b0
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 import math
@@ -34,7 +34,7 @@ from ..models.renderer import Field, Renderer, Rendering, trace
 from ..models.triplane import split_planes
 from ..ops.upfirdn2d import resize
 from ..world.latent import LATENT, latent
-from .loop import Moment, Stage, Training, cosine, warm_up
+from .loop import Moment, Stage, cosine, warm_up
 
 Objective = Literal["gan", "warm", "warm+gan"]
 
@@ -381,7 +381,7 @@ def score(
             "psnr_eyes_mouth": psnr(image, truth.image, box_mask(data.boxes[:, 2:], data.size))}
     return {name: values.numpy().astype(np.float64) for name, values in rows.items()}
 
-# %% ../../nbs/training/prior.ipynb #b435edde
+# %% ../../nbs/training/prior.ipynb #b846c728
 class Prior(Stage):
     "Trains the generator, and where the objective has it the discriminator."
     def __init__(self,
@@ -401,11 +401,6 @@ class Prior(Stage):
         if stage.half_until: nn.init.zeros_(self.generator.backbone.synthesis.block(config.plane_resolution).torgb.weight) # adds nothing until it is trained
         self.discriminator = build_discriminator(config, seed + 1) if stage.adversarial else None
         self.config, self.data_hash = {"prior": stage, "generator": config, "seed": seed}, data.data_hash
-
-    def training(self, **changes)->Training:
-        "Length and rhythm for the loop."
-        s = self.stage
-        return Training(**{**dict(steps=s.steps, batch=s.batch, ema_half_life=s.ema_half_life), **changes})
 
     def modules(self):
         return {"generator": self.generator} | ({"discriminator": self.discriminator} if self.stage.adversarial else {})
