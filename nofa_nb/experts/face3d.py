@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STRETCH', 'FAINT', 'POSE_SCALES', 'FACES', 'DEEP3D_HEADS', 'FaceParameters', 'pose_camera', 'camera_pose',
-           'usual_crop', 'FaceConfig', 'FaceRegressor', 'Deep3DRegressor', 'read_pth', 'fill', 'load_deep3d', 'frozen',
+           'usual_crop', 'FaceConfig', 'FaceRegressor', 'Deep3DRegressor', 'read_pth', 'load_deep3d', 'frozen',
            'record_config', 'load_face3d', 'landmarks', 'draw_landmarks']
 
-# %% ../../nbs/experts/face3d.ipynb #83ea521e
+# %% ../../nbs/experts/face3d.ipynb #068365b5
 from dataclasses import dataclass, field, fields
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from ..core.config import PRESETS
 from ..core.errors import InputError, MissingResource, need, need_shape
-from ..core.weights import find_weights, load_weights
+from ..core.weights import fill, find_weights, load_weights
 from ..geometry.cameras import FOCAL, PIVOT, RADIUS, Camera, look_rotation, pose_angles, pose_rotation
 from ..geometry.morphable import split_coefficients
 from ..layers.residual import ResidualConfig, ResidualNetwork
@@ -161,7 +161,7 @@ class Deep3DRegressor(nn.Module):
         c = split_coefficients(self.coefficients(image))
         return FaceParameters(c["identity"], c["expression"], Camera.from_pose(c["angles"], c["translation"]))
 
-# %% ../../nbs/experts/face3d.ipynb #c5569cbc
+# %% ../../nbs/experts/face3d.ipynb #bf783a27
 def read_pth(
     path:str|Path,
     what:str,     # for messages
@@ -176,20 +176,6 @@ def read_pth(
         raise InputError(f"path must be {what}, got {path} that cannot be read as tensors ({type(e).__name__}): fetch it again") from None
     need(isinstance(found, dict), "path", f"{what}, a dictionary", type(found).__name__)
     return found
-
-def fill(
-    module:nn.Module,          # changed in place
-    tensors:dict[str, Tensor],
-    path:str|Path,             # for messages
-    ignore:tuple[str, ...]=(), # beginnings of names that may be left over
-)->nn.Module:
-    "Load named tensors that must fit exactly."
-    wanted = module.state_dict()
-    missing, extra = [k for k in wanted if k not in tensors], [k for k in tensors if k not in wanted and not k.startswith(ignore)]
-    need(not missing and not extra, "path", "a file of this network", f"{path}: {len(missing)} names missing {missing[:3]}, {len(extra)} unknown {extra[:3]}")
-    for k, t in wanted.items(): need(tensors[k].shape == t.shape, f"{k} in {path}", tuple(t.shape), tuple(tensors[k].shape))
-    module.load_state_dict({k: tensors[k] for k in wanted})
-    return module
 
 def load_deep3d(
     path:str|Path, # epoch_20.pth

@@ -6,7 +6,7 @@
 __all__ = ['IDENTITIES', 'EPS', 'IdentityConfig', 'IdentityNetwork', 'ImprovedBlock', 'ArcFaceNetwork', 'load_arcface',
            'load_identity']
 
-# %% ../../nbs/experts/identity.ipynb #c8bc8f6e
+# %% ../../nbs/experts/identity.ipynb #250ec8d9
 from dataclasses import dataclass, field
 import os
 from pathlib import Path
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ..core.config import PRESETS
 from ..core.errors import need, need_shape
 from ..core.repro import generator
-from ..core.weights import find_weights, load_weights
-from .face3d import fill, frozen, read_pth, record_config
+from ..core.weights import fill, find_weights, load_weights
+from .face3d import frozen, read_pth, record_config
 from ..layers.residual import ResidualConfig, ResidualNetwork
 from ..ops.upfirdn2d import resize
 

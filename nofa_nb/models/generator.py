@@ -6,7 +6,7 @@
 __all__ = ['PART', 'OPTIONS', 'Frame', 'Backbone', 'TriplaneCodes', 'TriplaneGenerator', 'build_generator', 'save_generator',
            'load_generator']
 
-# %% ../../nbs/models/generator.ipynb #f1e38bcf
+# %% ../../nbs/models/generator.ipynb #eb2abdca
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.config import PRESETS, GeneratorConfig
 from ..core.errors import InputError, need
-from ..core.weights import find_weights, load_weights, save_weights
+from ..core.weights import fill, find_weights, load_weights, save_weights
 from ..geometry.cameras import Camera
 from ..geometry.rays import rays
 from ..geometry.sampling import Random
@@ -155,7 +155,7 @@ def build_generator(
     renderer = Renderer(c.depth_coarse, c.depth_fine, c.ray_start, c.ray_end, c.box_warp)
     return TriplaneGenerator(Backbone(mapping, synthesis), decoder, renderer, superresolution, c.raw_resolution, plane_axes, label_scale)
 
-# %% ../../nbs/models/generator.ipynb #fa69b0d2
+# %% ../../nbs/models/generator.ipynb #179e9607
 PART = "prior" # of a preset's weights
 
 def save_generator(
@@ -170,21 +170,11 @@ def save_generator(
     options = {"plane_axes": generator.plane_axes, "label_scale": generator.label_scale,
                "mapping_width": generator.backbone.mapping.get_submodule("fc0").weight.shape[0]}
     again = build_generator(config, **options) # refuses what could not be loaded
-    _fill(again, generator.state_dict(), "generator")
+    fill(again, generator.state_dict(), "generator")
     return save_weights(folder, generator.state_dict(), {"kind": "3D generator", "preset": preset, "licence": licence,
                                                          "config": config, "options": options, **record})
 
-def _fill(generator:TriplaneGenerator, tensors:Mapping[str, Tensor], where:object)->None:
-    "Put tensors into a generator, or say which one does not fit."
-    wanted = generator.state_dict()
-    missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    need(not missing, f"tensors of {where}", f"those of its config, with {missing[0]!r}" if missing else "", f"{len(missing)} missing")
-    need(not unknown, f"tensors of {where}", "those of its config and no others", f"{unknown[0]!r}" if unknown else "")
-    for name, t in tensors.items():
-        need(t.shape == wanted[name].shape, f"{name!r} of {where}", f"{tuple(wanted[name].shape)}, by its config", tuple(t.shape))
-    generator.load_state_dict(tensors)
-
-# %% ../../nbs/models/generator.ipynb #f3a8cc6f
+# %% ../../nbs/models/generator.ipynb #ae9519d4
 def _config(record:Mapping, where:Path)->GeneratorConfig:
     "The configuration in a record."
     values, names = record.get("config"), {f.name for f in dataclasses.fields(GeneratorConfig)}
@@ -207,5 +197,5 @@ def load_generator(
     need(isinstance(options, Mapping) and set(options) <= set(OPTIONS), f"options of {folder}", f"some of {', '.join(OPTIONS)}", options)
     need(options.get("plane_axes", "eg3d") in get_args(PlaneAxes), f"plane_axes of {folder}", f"one of {get_args(PlaneAxes)}", options.get("plane_axes"))
     generator = build_generator(_config(record, folder), **options)
-    _fill(generator, {name.removeprefix("generator."): t for name, t in tensors.items()}, folder)
+    fill(generator, {name.removeprefix("generator."): t for name, t in tensors.items()}, folder)
     return generator.eval().requires_grad_(False).to(device)

@@ -26,7 +26,7 @@ def split_planes(
     need(image.shape[1] % 3 == 0, "image", "a multiple of 3 channels, c for each plane", image.shape[1])
     return image.unflatten(1, (3, -1))
 
-# %% ../../nbs/models/triplane.ipynb #b8eceaf9
+# %% ../../nbs/models/triplane.ipynb #942118c9
 class Decoder(nn.Module):
     "From a tri-plane's feature to colour and density; EG3D's state-dict names `net.0`, `net.2`."
     def __init__(self,
@@ -53,8 +53,8 @@ class Decoder(nn.Module):
     def layers(self)->tuple[list[Tensor], list[Tensor]]: # (out, in); (out,)
         "Weights and biases with their gains, as `ops.render` takes them."
         weights, biases = zip(*(m.folded() for m in self.net if isinstance(m, FullyConnected)))
-        if self.density_gain == 1: return list(weights), list(biases)
-        gain = torch.ones_like(biases[-1]).index_fill_(0, torch.zeros(1, dtype=torch.long, device=biases[-1].device), self.density_gain)
+        gain = torch.ones_like(biases[-1])
+        gain[0] = self.density_gain
         return [*weights[:-1], weights[-1] * gain[:, None]], [*biases[:-1], biases[-1] * gain]
 
 # %% ../../nbs/models/triplane.ipynb #e2b5313f
