@@ -253,7 +253,8 @@ def test_saved_and_loaded_is_the_same(tmp_path, fusion, beta):
     assert names == set(back.tensors())
     assert ("drawn" in names) == (fusion == "64") and ("beta" in names) == (beta is not None)
     assert all(torch.equal(t, back.tensors()[name]) for name, t in made.tensors().items())
-    assert torch.equal(model.render(made, BETA, SOURCE).image, model.render(back, BETA, SOURCE).image)
+    drawn = model.render(back, BETA, SOURCE).image  # other strides, other order of sums
+    torch.testing.assert_close(drawn, model.render(made, BETA, SOURCE).image, rtol=1e-5, atol=1e-5)
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
     about = load_tensors(tmp_path / "a.safetensors")[1]
     assert about == {"kind": "nofa_nb avatar", "format": "1", "preset": "smoke", "generator": model.generator_hash()}

@@ -199,10 +199,12 @@ def fork():
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([before] if before else [])])
 
     def call(f, *args):
-        process = context.Process(target=f, args=args)
+        process = context.Process(target=f, args=args, daemon=True)
         process.start()
         process.join(50)
-        return process.exitcode
+        code = process.exitcode  # None: it hangs
+        process.kill()
+        return code
 
     yield call
     os.environ.pop("PYTHONPATH")

@@ -321,7 +321,7 @@ def test_a_forked_process_renders(fused):
         here, there = context.Pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            child = context.Process(target=_child, args=(there, arguments, threads))
+            child = context.Process(target=_child, args=(there, arguments, threads), daemon=True)
             child.start()
         assert here.poll(60), "the child hangs"
         assert same(expected, [torch.from_numpy(a) for a in here.recv()])

@@ -107,7 +107,8 @@ def test_a_config_of_another_generator_is_not_saved(model, tmp_path):
 def test_codes_are_people(model):
     z = S.codes(model, 5, 3)
     person = torch.cat([sample_person(6).code, sample_expression(6)[0]])
-    assert torch.equal(z[1], latent(person[None])[0]) and torch.equal(S.codes(model, 6, 1)[0], z[1])
+    for alone in (latent(person[None])[0], S.codes(model, 6, 1)[0]):  # a batch rounds in another order
+        torch.testing.assert_close(alone, z[1], rtol=1e-5, atol=1e-5)
     other = build_generator(replace(SMOKE, z_dim=512))
     normal = S.codes(other, 0, 50)
     assert normal.shape == (50, 512) and abs(normal.mean()) < .05 and abs(normal.std() - 1) < .05

@@ -7,6 +7,7 @@ scalars (0 dimensions) of the CPU mix with anything, and NumPy reads the CPU onl
 
 import pytest
 import torch
+from conftest import rounded
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -157,9 +158,10 @@ def test_pictures_do_not_depend_on_chunk_or_threads(size):
                 seen = render(bust, beta, camera, size, chunk=chunk)
                 first = first or seen
                 for name in NAMES:
-                    assert torch.equal(getattr(seen, name), getattr(first, name)), (threads, chunk, name)
+                    found, told = getattr(seen, name), getattr(first, name)
+                    assert torch.equal(found, told) if threads == 1 else rounded(found, told), (threads, chunk, name)
             alone = render(bust, beta[3:4], camera[3:4], size)
-            assert torch.equal(alone.rgb[0], first.rgb[3])
+            assert torch.equal(alone.rgb[0], first.rgb[3]) if threads == 1 else rounded(alone.rgb[0], first.rgb[3])
     finally:
         torch.set_num_threads(before)
 

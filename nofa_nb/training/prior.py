@@ -208,7 +208,7 @@ class PriorStage:
 # %% ../../nbs/training/prior.ipynb #2abfbcf9
 STAGES = MappingProxyType({
     "smoke": PriorStage("warm", steps=200, batch=4, rays=96, near=2, warm_up=10, ema_half_life=.04, raw_first=16, warm_lr=.03, mapping_gain=100., decoder_gain=1., w_limit=0.), # seconds
-    "small": PriorStage("warm", steps=11_000, batch=8, rays=128, half_until=.5, ema_half_life=2., raw_first=64, backbone_bf16=True), # the recipe, longer
+    "small": PriorStage("warm", steps=15_000, batch=8, rays=256, half_until=.5, ema_half_life=2., raw_first=64, backbone_bf16=True), # the recipe, longer
     "base": PriorStage("warm+gan", steps=60_000, batch=16, rays=512, near=12, ema_half_life=5., raw_first=64, backbone_bf16=True), # ours
     "paper": PriorStage()})
 
