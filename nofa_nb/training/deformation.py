@@ -33,6 +33,7 @@ class DeformationStage:
     warm_up:int        = 0         # steps
     end:float          = 1.        # of the rate at the last step, by a cosine; 1: constant
     ema_half_life:float = 10.      # thousand images; as EG3D's
+    precision:str      = "32-true" # or "bf16-mixed": convolutions and linear layers in bfloat16
     loss:DeformationLoss = field(default_factory=DeformationLoss) # Eq. 13
     deformation_gain:float = 1.    # of the rate in the deformation field; ours
     apart:int          = 8         # held frames between source and target, at least; ours
@@ -51,7 +52,7 @@ class DeformationStage:
 
 STAGES = MappingProxyType({
     "smoke": DeformationStage(steps=20, batch=2, lr=1e-3, warm_up=2, ema_half_life=.01, apart=2, w_shape=1., shape_only=.5, identity_size=0), # seconds
-    "small": DeformationStage(steps=4000, batch=4, lr=2e-4, warm_up=200, end=.05, ema_half_life=2., deformation_gain=5., apart=4, through=False,
+    "small": DeformationStage(steps=4000, batch=4, precision="bf16-mixed", lr=2e-4, warm_up=200, end=.05, ema_half_life=2., deformation_gain=5., apart=4, through=False,
         window=32, whole_every=16, w_shape=1., shape_only=.4, identity_size=0), # forty minutes on two cores
     "base": DeformationStage(steps=60_000, batch=8, lr=1e-4, warm_up=500, end=.05, ema_half_life=5., deformation_gain=5., apart=4, w_shape=1., shape_only=.1,
         identity_size=0),

@@ -30,6 +30,7 @@ class DetailStage:
     warm_up:int        = 0       # steps
     end:float          = 1.      # of the rate at the last step, by a cosine; 1: constant
     ema_half_life:float = 10.    # thousand images; as EG3D's
+    precision:str      = "32-true" # or "bf16-mixed": convolutions and linear layers in bfloat16
     loss:SyntheticLoss = field(default_factory=SyntheticLoss) # Eq. 9
     window:int         = 0       # side of what is rendered, raw pixels; 0: whole pictures; ours
     whole_every:int    = 0       # steps from one whole picture to the next; 0: never; ours
@@ -39,7 +40,7 @@ class DetailStage:
 
 STAGES = MappingProxyType({
     "smoke": DetailStage(steps=20, batch=2, lr=1e-3, warm_up=2, ema_half_life=.01), # seconds
-    "small": DetailStage(steps=1700, batch=8, lr=1e-3, warm_up=100, end=.05, ema_half_life=1., window=32, whole_every=16), # a quarter of an hour on two cores
+    "small": DetailStage(steps=1700, batch=8, precision="bf16-mixed", lr=1e-3, warm_up=100, end=.05, ema_half_life=1., window=32, whole_every=16), # a quarter of an hour on two cores
     "base": DetailStage(steps=20_000, batch=16, lr=3e-4, warm_up=200, end=.05, ema_half_life=5.),
     "paper": DetailStage()})
 

@@ -44,6 +44,7 @@ class HybridStage:
     warm_up:int        = 0       # steps
     end:float          = 1.      # of the rate at the last step, by a cosine; 1: constant
     ema_half_life:float = 10.    # thousand images; as EG3D's
+    precision:str      = "32-true" # or "bf16-mixed": convolutions and linear layers in bfloat16
     videos:int         = 2       # steps on videos before one on synthetic pairs; Sec. 3.4
     synthetic:SyntheticLoss = field(default_factory=SyntheticLoss) # Eq. 9
     video:HybridLoss   = field(default_factory=HybridLoss) # Eq. 11 and 12 with 2.0 and 1.0
@@ -61,7 +62,7 @@ class HybridStage:
 
 STAGES = MappingProxyType({
     "smoke": HybridStage(steps=12, batch=2, lr=2e-4, warm_up=2, ema_half_life=.01, apart=2, identity_size=0), # seconds
-    "small": HybridStage(steps=900, batch=4, lr=2e-4, warm_up=100, end=.05, ema_half_life=1., apart=4, through=False, window=32, whole_every=12,
+    "small": HybridStage(steps=900, batch=4, precision="bf16-mixed", lr=2e-4, warm_up=100, end=.05, ema_half_life=1., apart=4, through=False, window=32, whole_every=12,
         identity_size=0), # a quarter of an hour on two cores
     "base": HybridStage(steps=20_000, batch=8, lr=1e-4, warm_up=200, end=.05, ema_half_life=5., apart=4, identity_size=0),
     "paper": HybridStage()})

@@ -35,6 +35,7 @@ from ..models.triplane import split_planes
 from ..ops.upfirdn2d import resize
 from ..world.latent import LATENT, latent
 from .loop import Moment, Stage, cosine, warm_up
+from .muon import Muon
 
 Objective = Literal["gan", "warm", "warm+gan"]
 
@@ -176,7 +177,8 @@ class PriorStage:
     density_limit:float         = 100.    # raw densities beyond it cost, so that ever sharper surfaces do not blow up the planes; ours
     w_limit:float               = .3      # of that cost; ours
     limit_points:int            = 256     # of each face; ours
-    half_until:float            = 0.      # part of the steps in which planes are made without the last block, at a third of the cost; ours
+    matrix_lr:float             = 0.      # Muon's rate for weight matrices outside the decoder, `warm_lr` is for the rest; 0: Adam for all; ours
+    grow:tuple[float, ...]      = ()      # parts of the steps after which the planes double, up to their size: small ones cost little; ours
     rays:int                    = 320     # of each picture
     weights:RayWeights          = RayWeights() # foreground, and eyes, brows and mouth
     near:int                    = 6       # samples near the known distance, beside depth_coarse stratified ones
@@ -196,8 +198,9 @@ class PriorStage:
     def __post_init__(self):
         need(self.objective in get_args(Objective), "objective", f"one of {', '.join(get_args(Objective))}", repr(self.objective))
         for name in ("steps", "batch", "rays"): need(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("swap_end", "style_mixing", "adversarial_from", "patch_from", "half_until"):
+        for name in ("swap_end", "style_mixing", "adversarial_from", "patch_from"):
             need(0 <= getattr(self, name) <= 1, name, "from 0 to 1", getattr(self, name))
+        need(list(self.grow) == sorted(self.grow) and all(0 < g <= 1 for g in self.grow), "grow", "ascending parts, from 0 to 1", self.grow)
 
     @property
     def warm(self)->bool: return self.objective != "gan"
@@ -208,7 +211,7 @@ class PriorStage:
 # %% ../../nbs/training/prior.ipynb #2abfbcf9
 STAGES = MappingProxyType({
     "smoke": PriorStage("warm", steps=200, batch=4, rays=96, near=2, warm_up=10, ema_half_life=.04, raw_first=16, warm_lr=.03, mapping_gain=100., decoder_gain=1., w_limit=0.), # seconds
-    "small": PriorStage("warm", steps=15_000, batch=8, rays=256, half_until=.5, ema_half_life=2., raw_first=64, backbone_bf16=True), # the recipe, longer
+    "small": PriorStage("warm", steps=18_000, batch=8, rays=192, warm_lr=.06, matrix_lr=.018, grow=(.35, .7), ema_half_life=2., raw_first=64, backbone_bf16=True), # the recipe, longer
     "base": PriorStage("warm+gan", steps=60_000, batch=16, rays=512, near=12, ema_half_life=5., raw_first=64, backbone_bf16=True), # ours
     "paper": PriorStage()})
 
@@ -398,7 +401,9 @@ class Prior(Stage):
         self.stage, self.generator_config, self.pictures = stage, config, data
         self.held_out = None if validation is None else validation[torch.arange(len(validation))[::max(1, len(validation) // measured)][:measured]]
         self.generator = build_generator(config, seed)
-        if stage.half_until: nn.init.zeros_(self.generator.backbone.synthesis.block(config.plane_resolution).torgb.weight) # adds nothing until it is trained
+        synthesis = self.generator.backbone.synthesis
+        need(len(stage.grow) < len(synthesis.resolutions), "grow", f"fewer than {len(synthesis.resolutions)} parts, one for each block but the first", stage.grow)
+        for k in range(len(stage.grow)): nn.init.zeros_(synthesis.block(synthesis.resolutions[-1 - k]).torgb.weight) # adds nothing until it is trained
         self.discriminator = build_discriminator(config, seed + 1) if stage.adversarial else None
         self.config, self.data_hash = {"prior": stage, "generator": config, "seed": seed}, data.data_hash
 
@@ -408,19 +413,22 @@ class Prior(Stage):
     def averaged(self): return ["generator"]
 
     def optimisers(self):
-        s, g = self.stage, self.generator
-        if not s.warm: groups, settings = [{"params": list(g.parameters())}], lazy(s.lr_generator, s.betas, s.density_every)
-        else:
-            gains, groups = {"backbone.mapping": s.mapping_gain, "decoder": s.decoder_gain}, {}
-            for name, p in g.named_parameters():
-                gain = next((v for part, v in gains.items() if name.startswith(part)), 1.)
-                groups.setdefault((gain, s.decay * name.endswith("weight")), []).append(p)
-            groups = [{"params": held, "lr": s.warm_lr * gain, "weight_decay": decay / gain} for (gain, decay), held in groups.items()]
-            settings = dict(lr=s.warm_lr, betas=s.warm_betas)
-        found = {"generator": (torch.optim.AdamW if s.warm else torch.optim.Adam)(groups, eps=1e-8, **settings)}
+        s = self.stage
+        found = {"generator": self._warm_optimiser() if s.warm else torch.optim.Adam(self.generator.parameters(), eps=1e-8, **lazy(s.lr_generator, s.betas, s.density_every))}
         if s.adversarial:
             found["discriminator"] = torch.optim.Adam(self.discriminator.parameters(), eps=1e-8, **lazy(s.lr_discriminator, s.betas, s.r1_every))
         return found
+
+    def _warm_optimiser(self)->Muon:
+        "Rates and decay of each kind of weight."
+        s, groups = self.stage, {}
+        gains = {"backbone.mapping": s.mapping_gain, "decoder": s.decoder_gain}
+        for name, p in self.generator.named_parameters():
+            part, weight = next((part for part in gains if name.startswith(part)), ""), name.endswith("weight")
+            matrix = bool(s.matrix_lr and weight and part != "decoder" and min(p.flatten(1).shape) >= 16)
+            groups.setdefault((gains.get(part, 1.), weight, matrix), []).append(p)
+        return Muon([{"params": held, "lr": (s.matrix_lr if matrix else s.warm_lr) * gain, "weight_decay": weight * s.decay * (s.warm_lr / s.matrix_lr if matrix else 1.) / gain,
+                      "matrices": matrix} for (gain, weight, matrix), held in groups.items()], lr=s.warm_lr, betas=s.warm_betas)
 
     def rate(self, optimiser, step):
         s = self.stage
@@ -457,7 +465,7 @@ class Prior(Stage):
     def planes(self, ws:Tensor, noise:object="const", part:float=1.)->Tensor:
         "Planes of style codes."
         synthesis = self.generator.backbone.synthesis
-        last = synthesis.resolutions[-2] if part < self.stage.half_until else None
+        last = synthesis.resolutions[-1 - sum(part < g for g in self.stage.grow)]
         if self.stage.backbone_bf16: return low_planes(self.generator, ws, noise, last)
         return split_planes(synthesis.run(ws, noise, last=last)[1])
 

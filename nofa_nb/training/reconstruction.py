@@ -29,6 +29,7 @@ class ReconstructionStage:
     warm_up:int        = 0         # steps
     end:float          = 1.        # of the rate at the last step, by a cosine; 1: constant
     ema_half_life:float = 10.      # thousand images; as EG3D's
+    precision:str      = "32-true" # or "bf16-mixed": convolutions and linear layers in bfloat16
     loss:SyntheticLoss = field(default_factory=SyntheticLoss) # Eq. 5
     regress:float      = 0.        # part of the steps that learn codes instead of pictures; ours
     w_ws:float         = 1.        # of the codes, in these steps; ours
@@ -41,7 +42,7 @@ class ReconstructionStage:
 
 STAGES = MappingProxyType({
     "smoke": ReconstructionStage(steps=30, batch=2, lr=1e-3, warm_up=2, ema_half_life=.01, regress=1/3), # seconds
-    "small": ReconstructionStage(steps=7000, batch=8, lr=5e-4, warm_up=200, end=.05, ema_half_life=2., regress=1/3, window=24, whole_every=16), # half an hour on two cores
+    "small": ReconstructionStage(steps=7000, batch=8, precision="bf16-mixed", lr=5e-4, warm_up=200, end=.05, ema_half_life=2., regress=1/3, window=24, whole_every=16), # half an hour on two cores
     "base": ReconstructionStage(steps=60_000, batch=16, lr=2e-4, warm_up=500, end=.05, ema_half_life=5., regress=.2),
     "paper": ReconstructionStage()})
 
