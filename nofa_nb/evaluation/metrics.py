@@ -99,7 +99,9 @@ def interval_of(
     need(len(which) >= 2, "units", "at least 2 people or clips", len(which), "evaluate more of them")
     draw, found = rng(seed, "bootstrap"), []
     for _ in range(n): found.append(measure(np.concatenate([which[i] for i in draw.integers(0, len(which), len(which))])))
-    low, high = np.nanquantile(found, [.025, .975])
+    known = np.asarray(found)[~np.isnan(found)]
+    need(len(known), "measure", "defined for some resamples", "NaN for all")
+    low, high = np.quantile(known, [.025, .975])
     return Summary(float(measure(np.arange(len(units)))), (float(low), float(high)), len(which))
 
 def ratio(
