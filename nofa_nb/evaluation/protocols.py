@@ -294,7 +294,7 @@ class Scorer:
         found = PIXELS | (AED | APD if self.face3d is not None else {})
         if self.perceptual is not None: found |= {perceptual_name(self.perceptual): f"{self.perceptual.name}, full frame"}
         for k, j in self.judges.items():
-            found |= {f"csim_{k}": f"cosine, source and result, {j.name}", f"distance_{k}": f"L2 of descriptors, source and result, {j.name}",
+            found |= {f"csim_{k}": f"cosine, source and result, {j.name}", f"csim_centred_{k}": f"cosine after taking away the sources' mean, source and result, {j.name}", f"distance_{k}": f"L2 of descriptors, source and result, {j.name}",
                       f"undetected_{k}": f"share of results in which {j.name} finds no face by itself"}
         return found
 
@@ -302,22 +302,28 @@ class Scorer:
         "Features of pictures, for Fréchet distances."
         return dct_features(image.clamp(-1, 1) / 2 + .5) if self.features is None else self.features(image)
 
-    def identity(self, image:Tensor, points:Tensor, source:Mapping[str, np.ndarray], every:Sequence[bool])->dict[str, np.ndarray]:
+    def identity(self,
+        image:Float[Tensor, "b 3 s s"],
+        points:Float[Tensor, "b 5 2"],
+        source:Mapping[str, Float[np.ndarray, "1 d"]], # descriptors, by judge
+        every:Sequence[bool],                          # frames that are looked at
+    )->tuple[dict[str, Float[np.ndarray, "b"]], dict[str, Float[np.ndarray, "b d"]]]: # scores; descriptors by judge
         "What the judges say of frames; NaN where they did not look."
-        found, look = {}, np.flatnonzero(every)
+        scores, descriptors, look = {}, {}, np.flatnonzero(every)
         for k, judge in self.judges.items():
-            rows = {name: np.full(len(image), np.nan) for name in (f"csim_{k}", f"distance_{k}", f"undetected_{k}")}
+            d, seen = np.full((len(image), source[k].shape[1]), np.nan), np.full(len(image), np.nan)
             if len(look):
                 said = judge(image[look], points[look])
-                for name, values in zip(rows, (csim(said.descriptor, source[k]), descriptor_distance(said.descriptor, source[k]), 1. - said.found)): rows[name][look] = values
-            found |= rows
-        return found
+                d[look], seen[look] = said.descriptor, said.found
+            scores |= {f"csim_{k}": csim(d, source[k]), f"distance_{k}": descriptor_distance(d, source[k]), f"undetected_{k}": 1 - seen}
+            descriptors[k] = d
+        return scores, descriptors
 
 # %% ../../nbs/evaluation/protocols.ipynb #dca9c345
 class Scored(NamedTuple):
     "What stays of a trial."
-    record:dict                                            # numbers, for JSON
-    features:dict[str, Float[np.ndarray, "n d"]]           # by variant; "truth": what they are compared with
+    record:dict                                  # numbers, for JSON
+    tensors:dict[str, Float[np.ndarray, "n d"]]  # "features/fine", "dlib/fine", "dlib/source", ...; features/truth is what features are compared with
 
 def _plain(values)->list[float|None]: return [None if math.isnan(v) else round(float(v), 7) for v in np.asarray(values, np.float64)]
 
@@ -329,9 +335,15 @@ def score_trial(
     "Draw and score all frames of a trial."
     source = trial.source()
     known = {k: j(source.image, source.points).descriptor for k, j in scorer.judges.items()}
-    draw, rows, features, index = method(trial, source), {}, {}, []
+    draw, rows, tensors, index = method(trial, source), {}, {f"{k}/source": [d] for k, d in known.items()}, []
     def keep(variant:str, values:Mapping)->None:
         for name, v in values.items(): rows.setdefault(variant, {}).setdefault(name, []).append(np.asarray(v, np.float64))
+    def look(variant:str, image:Tensor, points:Tensor, every:Sequence[bool])->None:
+        tensors.setdefault(f"features/{variant}", []).append(scorer.images(image))
+        if variant in CONTROLS: return
+        scores, descriptors = scorer.identity(image, points, known, every)
+        keep(variant, scores)
+        for k, d in descriptors.items(): tensors.setdefault(f"{k}/{variant}", []).append(d)
     for frames in trial.drive():
         every = [(len(index) + i) % scorer.judge_every == 0 for i in range(len(frames))]
         said = ask(scorer.face3d, frames.image) if scorer.face3d is not None else None
@@ -341,16 +353,13 @@ def score_trial(
             if said is not None:
                 told = ask(scorer.face3d, image.clamp(-1, 1))
                 keep(variant, expression_distances(said.beta, told.beta) | pose_distances(said.camera, told.camera))
-            if variant not in CONTROLS: keep(variant, scorer.identity(image, frames.points, known, every))
-            features.setdefault(variant, []).append(scorer.images(image))
-        if trial.same: keep("truth", scorer.identity(frames.image, frames.points, known, every))
-        if trial.same: features.setdefault("truth", []).append(scorer.images(frames.image))
+            look(variant, image, frames.points, every)
+        if trial.same: look("truth", frames.image, frames.points, every)
         index += frames.index
     need(index, "trial", "of at least one driving frame", trial.name)
-    if not trial.same: features["truth"] = [scorer.images(source.image)]
+    if not trial.same: tensors["features/truth"] = [scorer.images(source.image)]
     scores = {v: {name: _plain(np.concatenate(x)) for name, x in found.items()} for v, found in rows.items()}
-    record = dict(name=trial.name, unit=trial.unit, same=trial.same, frames=index, source={k: np.round(d[0], 6).tolist() for k, d in known.items() if np.isfinite(d).all()}, scores=scores)
-    return Scored(record, {v: np.concatenate(x) for v, x in features.items()})
+    return Scored(dict(name=trial.name, unit=trial.unit, same=trial.same, frames=index, scores=scores), {k: np.concatenate(x) for k, x in tensors.items()})
 
 @torch.no_grad()
 def _perceptual(distance:object, image:Tensor, truth:Tensor)->dict[str, Tensor]:
@@ -389,7 +398,7 @@ def run_protocol(
     for t in tqdm(trials, folder.name, unit="clip", disable=None if progress else True):
         if (folder/f"{t.name}.json").exists(): continue
         found = score_trial(t, method, scorer)
-        save_tensors(folder/f"{t.name}.safetensors", {k: torch.from_numpy(v).float() for k, v in found.features.items()}, {"key": key})
+        save_tensors(folder/f"{t.name}.safetensors", {k: torch.from_numpy(v).float() for k, v in found.tensors.items()}, {"key": key})
         write_json(folder/f"{t.name}.json", dict(format=FORMAT, key=key, **found.record)) # last: now the trial is done
     return read_scores(folder, names)
 
@@ -443,26 +452,35 @@ class Scores:
         (a, units), (b, _) = self.values(variant, metric), self.values(other, metric)
         return ratio(a, b, units, seed)
 
+    def tensors(self, name:str)->list[np.ndarray|None]: # of each trial; None: it has none
+        "Tensors of all trials."
+        found = [load_tensors(self.folder/f"{r['name']}.safetensors")[0].get(name) for r in self.records]
+        return [None if t is None else t.double().numpy() for t in found]
+
+    def centred(self, variant:str, judge:str)->tuple[Float[np.ndarray, "k"], list[str]]: # of each frame; its unit
+        "CSIM of descriptors after their mean over all sources is taken away."
+        sources, mine = self.tensors(f"{judge}/source"), self.tensors(f"{judge}/{variant}")
+        centre = np.nanmean(np.concatenate(sources), 0)
+        rows = [(r["unit"], v) for r, s, d in zip(self.records, sources, mine) for v in csim(d - centre, s - centre)]
+        return np.array([v for _, v in rows]), [u for u, _ in rows]
+
     def strangers(self, judge:str, seed:int=0)->dict[str, Summary]:
         "What other people's sources score: the floor of CSIM and of the distance."
-        rows = [(r["unit"], r["source"][judge]) for r in self.records if judge in r["source"]]
-        d, units = np.array([x for _, x in rows]), np.array([u for u, _ in rows])
+        d, units = np.concatenate(self.tensors(f"{judge}/source")), np.array([r["unit"] for r in self.records])
+        seen = np.isfinite(d).all(1)
+        d, units = d[seen], units[seen]
         need(len(set(units)) > 2, "trials", "of at least 3 people whom the judge knows", len(set(units)))
-        other = units[:, None] != units[None]
-        return {name: summarise([f(d[mine], x[None]).mean() for x, mine in zip(d, other)], units, seed)
-                for name, f in ((f"csim_{judge}", csim), (f"distance_{judge}", descriptor_distance))}
+        centred, other = d - d.mean(0), units[:, None] != units[None]
+        of = lambda f, x: summarise([f(x[mine], one[None]).mean() for one, mine in zip(x, other)], units, seed)
+        return {f"csim_{judge}": of(csim, d), f"csim_centred_{judge}": of(csim, centred), f"distance_{judge}": of(descriptor_distance, d)}
 
     def frechet(self, variant:str, seed:int=0)->Summary:
         "Distance of all pictures of a variant from the true ones; interval by leaving out people."
-        sets, units = ([], []), ([], [])
-        for r in self.records:
-            found, _ = load_tensors(self.folder/f"{r['name']}.safetensors")
-            for k, name in enumerate((variant, "truth")):
-                sets[k].append(found[name].double().numpy())
-                units[k].extend([r["unit"]] * len(found[name]))
-        (a, b), n = map(np.concatenate, sets), len(units[0])
-        interval = jackknife_interval(lambda keep: frechet(a[keep[:n]], b[keep[n:]]), units[0] + units[1], seed=seed)
-        return Summary(frechet(a, b), interval, len(set(units[0])))
+        both = [self.tensors(f"features/{v}") for v in (variant, "truth")]
+        units = [r["unit"] for found in both for r, t in zip(self.records, found) for _ in t]
+        (a, b), n = map(np.concatenate, both), sum(map(len, both[0]))
+        interval = jackknife_interval(lambda keep: frechet(a[keep[:n]], b[keep[n:]]), units, seed=seed)
+        return Summary(frechet(a, b), interval, len(set(units)))
 
 # %% ../../nbs/evaluation/protocols.ipynb #0123476a
 LESS_IS_BETTER = ("perceptual", "lpips", "aed", "apd", "aed_l2", "aed_rmse", "apd_degrees")
@@ -490,8 +508,11 @@ def protocol_results(
             for m in both:
                 if m in LESS_IS_BETTER: found[f"{row}, {a} / {b}", m, f"{texts[m]}; ratio of the means"] = _found(lambda: scores.ratio(a, b, m, seed))
     for k in scorer.judges:
-        if "truth" in scores.variants and "fine" in scores.variants:
+        c, shown = f"csim_centred_{k}", [v for v in scores.variants if v not in CONTROLS]
+        for v in shown: found[f"{row}, {v}", c, texts[c]] = _found(lambda: summarise(*scores.centred(v, k), seed))
+        if {"truth", "fine"} <= set(shown):
             found[f"{row}, fine / truth", f"csim_{k}", texts[f"csim_{k}"] + "; ratio of the means"] = _found(lambda: scores.ratio("fine", "truth", f"csim_{k}", seed))
+            found[f"{row}, fine / truth", c, texts[c] + "; ratio of the means"] = _found(lambda: ratio(scores.centred("fine", k)[0], *scores.centred("truth", k), seed))
         try: found |= {(f"{row}, strangers", m, f"{texts[m].split(',')[0]}, sources of different people, {scorer.judges[k].name}"): s for m, s in scores.strangers(k, seed).items()}
         except InputError: pass
     for v in [v for v in scores.variants if v != "truth"]:
