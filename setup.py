@@ -15,7 +15,7 @@ def lines(key):
     return [line.strip() for line in cfg.get(key, "").splitlines() if line.strip()]
 
 
-extras = {name: lines(f"{name}_requirements") for name in ("dev", "fast", "asset", "samples")}
+extras = {name: lines(f"{name}_requirements") for name in ("dev", "fast", "asset", "samples", "judge")}
 extras["dev"] += extras["fast"]
 
 setup(

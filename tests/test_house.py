@@ -43,7 +43,7 @@ def disagreements(wanted, exact):
 
 def test_constraints_meet_settings():
     wanted = {}
-    for key in ("requirements", "dev_requirements", "fast_requirements", "asset_requirements", "samples_requirements"):
+    for key in [k for k in CFG if k == "requirements" or k.endswith("_requirements")]:
         wanted |= pins(lines(key))
     assert len(wanted) > 30 and disagreements(wanted, fixed()) == []
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .evaluate_cli import evaluate_avatar, evaluate_avatar_arguments
 from .reenact_cli import adapt_arguments, adapt_command, reenact, reenact_arguments
 
 # %% ../../nbs/apps/cli.ipynb #986fd4b7
@@ -374,6 +375,7 @@ COMMANDS = (
     Command("convert eg3d", "an official EG3D network pickle, read without running it", eg3d_arguments, convert_eg3d),
     Command("train prior", "the 3D generator that everything else starts from", train_prior_arguments, train_prior),
     Command("evaluate prior", "the 3D generator, against the world's own pictures", evaluate_prior_arguments, evaluate_prior),
+    Command("evaluate avatar", "the whole model: reenactment, canonical space, W-Net, M, real photos", evaluate_avatar_arguments, evaluate_avatar),
     Command("sample", "new faces of the 3D generator: a sheet and a film", sample_arguments, sample),
     Command("reenact", "a film of an avatar from one photo and a driving video", reenact_arguments, reenact),
     Command("adapt", "an avatar file of a face, adapted to it", adapt_arguments, adapt_command),

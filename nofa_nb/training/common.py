@@ -27,6 +27,7 @@ from ..geometry.cameras import RADIUS, Camera
 from ..geometry.sampling import Random
 from ..models.avatar import Avatar, AvatarModel
 from ..models.generator import Frame
+from ..ops.fidelity import box_mask, psnr as psnr_in
 from .checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, unpack_modules
 from .losses import (DeformationLoss, Identity, Perceptual, SyntheticLoss, View, bbox_loss,
     reconstruction_loss, synthetic_losses, video_losses, weighted)
@@ -205,12 +206,9 @@ def psnr(
     image:Float[Tensor, "b c h w"],            # in [-1, 1]; what is outside is clipped
     truth:Float[Tensor, "b c h w"],
     weight:Float[Tensor, "b 1 h w"]|None=None, # of each pixel; None: all alike
-)->Float[Tensor, "b"]:                         # dB
+)->Float[Tensor, "b"]:                         # dB; NaN where all weights are 0
     "Peak signal-to-noise ratio of each image."
-    error = ((image.clamp(-1, 1) - truth) / 2).square().mean(1, keepdim=True)
-    weight = torch.ones_like(error) if weight is None else weight
-    mean = (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1e-8)
-    return -10 * mean.clamp(min=1e-10).log10()
+    return psnr_in(image, truth, weight, (-1., 1.))
 
 # %% ../../nbs/training/common.ipynb #1fcf7ba7
 def as_rgb(
@@ -238,11 +236,8 @@ class VideoViews(NamedTuple):
 
     def scores(self, pairs:VideoPairs)->dict[str, float]:
         "PSNR of coarse and fine pictures: full frame, foreground, boxes of eyes and mouth."
-        size = pairs.target.shape[-1]
-        at, b = (torch.arange(size) + .5) / size, pairs.boxes[..., None]
-        across, down = ((at > b[:, :, k]) & (at < b[:, :, k + 2]) for k in (0, 1))
-        weights = {"": None, "_mask": pairs.mask, "_parts": (down[..., :, None] & across[..., None, :]).any(1, keepdim=True).float()}
-        return {f"psnr_{name}{where}": float(psnr(getattr(self, name), pairs.target, w).mean()) for name in ("coarse", "fine") for where, w in weights.items()}
+        weights = {"": None, "_mask": pairs.mask, "_parts": box_mask(pairs.boxes, pairs.target.shape[-1])}
+        return {f"psnr_{name}{where}": float(psnr(getattr(self, name), pairs.target, w).nanmean()) for name in ("coarse", "fine") for where, w in weights.items()}
 
     def rows(self, pairs:VideoPairs, most:int=6)->list[Tensor]:
         "Source, coarse, fine, target, distance, canonical."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Objective', 'STAGES', 'MASK', 'real_loss', 'fake_loss', 'r1_loss', 'lazy', 'density_loss', 'swap_probability', 'swap',
            'blur_sigma', 'blur', 'raw_resolution', 'PriorStage', 'trace_known', 'with_mask', 'warm_losses',
-           'limit_loss', 'gradient_loss', 'low_planes', 'psnr', 'ssim', 'Views', 'draw', 'truth_of', 'box_mask',
-           'score', 'Prior', 'Game', 'Pair', 'Play', 'comparison', 'orbit']
+           'limit_loss', 'gradient_loss', 'low_planes', 'Views', 'draw', 'truth_of', 'score', 'Prior', 'Game', 'Pair',
+           'Play', 'comparison', 'orbit']
 
 # %% ../../nbs/training/prior.ipynb #07ce88b0
 from collections.abc import Mapping
@@ -32,6 +32,7 @@ from ..models.discriminator import build_discriminator
 from ..models.generator import TriplaneGenerator, build_generator
 from ..models.renderer import Field, Renderer, Rendering, trace
 from ..models.triplane import split_planes
+from ..ops.fidelity import box_mask, psnr, ssim
 from ..ops.upfirdn2d import resize
 from ..world.latent import LATENT, latent
 from .loop import Moment, Stage, cosine, warm_up
@@ -300,30 +301,6 @@ def low_planes(
     x = x.to(torch.bfloat16, memory_format=torch.channels_last)
     return split_planes(network.run(ws, noise, x, image, first=second, last=last)[1])
 
-# %% ../../nbs/training/prior.ipynb #823d686f
-def psnr(
-    image:Float[Tensor, "b c h w"],                # in [0, 1]
-    truth:Float[Tensor, "b c h w"],
-    weight:Float[Tensor, "b 1 h w"]|None=None,     # of each pixel; None: all alike
-)->Float[Tensor, "b"]:                             # dB; NaN where all weights are 0
-    "Peak signal-to-noise ratio of each image."
-    weight = torch.ones_like(image[:, :1]) if weight is None else weight
-    error = ((image - truth).square().mean(1, keepdim=True) * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
-    return -10 * error.clamp(min=1e-10).log10()
-
-def ssim(
-    image:Float[Tensor, "b c h w"], # in [0, 1]
-    truth:Float[Tensor, "b c h w"],
-)->Float[Tensor, "b"]:              # 1: the same
-    "Structural similarity of each image."
-    c = image.shape[1]
-    line = torch.exp(-(torch.arange(-5, 6, device=image.device, dtype=image.dtype) / 1.5).square() / 2)
-    line = (line / line.sum()).expand(c, 1, 1, -1)
-    mean = lambda x: F.conv2d(F.conv2d(x, line, groups=c), line.mT, groups=c)
-    a, b = mean(image), mean(truth)
-    va, vb, ab = mean(image**2) - a**2, mean(truth**2) - b**2, mean(image * truth) - a * b
-    return ((2*a*b + .01**2) * (2*ab + .03**2) / ((a**2 + b**2 + .01**2) * (va + vb + .03**2))).flatten(1).mean(1)
-
 # %% ../../nbs/training/prior.ipynb #6dd8e3e6
 class Views(NamedTuple):
     "What a generator makes of codes and cameras, at the size of the image."
@@ -358,16 +335,6 @@ def truth_of(
     return Views(image(rays.rgb) / 2 + .5, image(rays.mask), image(rays.distance))
 
 # %% ../../nbs/training/prior.ipynb #f8fde3e5
-def box_mask(
-    boxes:Float[Tensor, "b k 4"], # x0, y0, x1, y1 in [0, 1]
-    size:int,
-)->Float[Tensor, "b 1 h w"]:      # 1 inside any of them
-    "Pixels in boxes."
-    at = (torch.arange(size) + .5) / size
-    x0, y0, x1, y1 = boxes[..., None].unbind(2)
-    across, down = (at > x0) & (at < x1), (at > y0) & (at < y1)
-    return (down[..., :, None] & across[..., None, :]).any(1, keepdim=True).float()
-
 def score(
     model:TriplaneGenerator,
     data:RaySet,
