@@ -3,9 +3,10 @@ SHELL := /bin/sh
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 6))' >/dev/null 2>&1; then echo $$p; break; fi; done)
 OUT ?= out/demo
+PRESET ?= small
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test docs lint clean
+.PHONY: help setup demo train weights test docs lint clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +18,12 @@ setup: ## make .venv and install what is missing (done by the others, too)
 demo: setup ## render the face world into out/demo, with a report to open in a browser
 	@.venv/bin/nofa demo --out $(OUT)
 
+train: setup ## PRESET=small (or smoke, base): train everything from nothing, or go on; MAX_SECONDS=600 for a slice
+	@.venv/bin/nofa train all --preset $(PRESET) $(if $(MAX_SECONDS),--max-seconds $(MAX_SECONDS))
+
+weights: setup ## PRESET=small: write the weights of a finished training over those in nofa_nb/weights/small
+	@.venv/bin/nofa train weights --preset $(PRESET) --to nofa_nb/weights/$(PRESET)
+
 test: setup ## all checks: export drift, clean notebooks, ruff, pytest, every notebook executed
 	@.venv/bin/python .ci/test.py
 
@@ -26,6 +33,6 @@ docs: setup ## build the documentation site into site/
 lint: setup ## ruff only
 	@.venv/bin/ruff check .
 
-clean: ## delete what was made (out, site, caches); .venv stays
-	@rm -rf out site _docs _proc build .cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+clean: ## delete what was made (out with its trainings, site, caches); .venv stays
+	@rm -rf out site _docs _proc build .cache .pytest_cache .ruff_cache .hypothesis .snakemake *.egg-info
 	@find nbs nofa_nb tests .ci -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

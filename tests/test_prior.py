@@ -118,6 +118,29 @@ def test_cache_is_taken_for_its_own_set_only(data, tmp_path):
         RaySet.load(tmp_path / "cut.safetensors")
 
 
+class Killed(PortraitSet):
+    "Ends at a person."
+    def __init__(self, last, **plan):
+        super().__init__(CONFIG, **plan)
+        self.last, self.rendered = last, []
+
+    def identity(self, index):
+        if index == self.last:
+            raise KeyboardInterrupt
+        self.rendered.append(index)
+        return super().identity(index)
+
+
+def test_rendering_goes_on_where_it_was_killed(data, tmp_path):
+    first, second = Killed(5, count=6), Killed(None, count=6)
+    with pytest.raises(KeyboardInterrupt):
+        collect(first, tmp_path / "set.safetensors", progress=False, chunk=2)
+    assert not (tmp_path / "set.safetensors").exists()
+    whole = collect(second, tmp_path / "set.safetensors", progress=False, chunk=2)
+    assert first.rendered == [0, 1, 2, 3, 4] and second.rendered == [4, 5]
+    assert whole.data_hash == data.data_hash and [p.name for p in tmp_path.iterdir()] == ["set.safetensors"]
+
+
 # losses
 
 def test_losses_by_hand():

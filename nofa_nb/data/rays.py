@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Float16, Int64, UInt8
 from torch import Tensor
-from tqdm import tqdm
 
 from ..core.errors import need
 from ..core.io import load_tensors, save_tensors
 from ..core.repro import generator, hash_config, hash_tensors
+from .parts import in_parts
 from ..geometry.cameras import Camera
 from ..geometry.rays import ray_sphere
 from ..world.latent import latent
@@ -204,24 +204,27 @@ def _store(out:dict[str, Tensor], at:int, p:Portrait)->None:
         if not len(out[name]): out[name] = t.new_empty((out["count"], *t.shape[1:]))
         out[name][at:at + len(t)] = t
 
+class _Stretch(Portraits):
+    "Some of the identities of a set."
+    def __init__(self, portraits:Portraits, items:range):
+        self.portraits, self.items, self.identities, self.views = portraits, items, len(items), portraits.views
+
+    def identity(self, index:int)->Portrait: return self.portraits.identity(self.items[index])
+
 def collect(
     portraits:Portraits,          # a PortraitSet or a ShardSet
     cache:str|Path|None=None,     # safetensors file to load from, or to write
     workers:int=0,                # processes that render or read
     progress:bool=True,           # show a bar
+    chunk:int=250,                # identities of a file on the way
 )->RaySet:
     "Hold a set in memory."
-    source = describe(portraits)
-    if cache is not None and Path(cache).exists():
-        found = RaySet.load(cache)
-        if found.source == source: return found
-    out, at = {"count": len(portraits)}, 0
-    with tqdm(total=len(portraits), desc="portraits", unit="image", delay=1, disable=None if progress else True) as bar:
-        for p in loader(portraits, portraits.views, workers):
+    def make(items:range)->dict[str, Tensor]:
+        out, at = {"count": len(items) * portraits.views}, 0
+        for p in loader(_Stretch(portraits, items), portraits.views, workers):
             _store(out, at, p)
             at += len(p)
-            bar.update(len(p))
-    del out["count"]
-    made = RaySet(**out, source=source, data_hash=hash_tensors(out))
-    if cache is not None: made.save(cache)
-    return made
+        return {name: t for name, t in out.items() if name != "count"}
+    source = describe(portraits)
+    tensors, found = in_parts(make, portraits.identities, chunk, source, cache, "people", progress)
+    return RaySet(**tensors, source=source, data_hash=found)
