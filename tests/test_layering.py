@@ -93,6 +93,9 @@ def test_imports_run_downward():
     ("models.generator", "from nofa_nb.models.encoder import Encoder"),
     ("training.detail", "from nofa_nb.training.prior import train"),
     ("training.detail", "from nofa_nb.baselines.protocol import run"),
+    # Baselines are trained by the same loop, but runs hand it to them: a lesson has a stage's shape (test_baselines).
+    ("baselines.facevid2vid", "from nofa_nb.training.loop import train"),
+    ("baselines.nofa", "from nofa_nb.training.losses import video_losses"),
     ("evaluation.metrics", "from nofa_nb.training.loop import fit"),
     ("mystery.box", "from nofa_nb.core.io import read_image"),
 ])
@@ -108,6 +111,8 @@ def test_a_bad_import_is_caught(module, line):
     ("models.generator", "from nofa_nb.models.renderer import Renderer"),
     ("training.detail", "from nofa_nb.training.loop import fit\nfrom nofa_nb.training.losses import rec"),
     ("evaluation.report", "from nofa_nb.core.repro import Result"),
+    ("evaluation.protocols", "from nofa_nb.baselines.protocol import load_baseline"),
+    ("baselines.nofa", "from nofa_nb.models.avatar import AvatarModel\nfrom .protocol import Baseline"),
 ])
 def test_a_good_import_is_let_through(module, line):
     assert faults({module: line}) == []
