@@ -1,8 +1,12 @@
 "Packaging: everything is read from settings.ini."
+import os
+import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).resolve().parent
 settings = ConfigParser(delimiters=["="], interpolation=None)
@@ -13,6 +17,30 @@ cfg = settings["DEFAULT"]
 def lines(key):
     "The entries of a many-line setting, one a line."
     return [line.strip() for line in cfg.get(key, "").splitlines() if line.strip()]
+
+
+# Asked of the Python that is installed for, outside pip's own build environment: is PyTorch there already?
+COMPILE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from nofa_nb.ops.extension import extension
+sys.exit(bool(extension()))
+"""
+
+
+class Build(build_py):
+    "Compiles the kernels into the user's cache if that can be done now, else their first use does. NOFA_BUILD=0: no."
+
+    def run(self):
+        super().run()
+        if os.environ.get("NOFA_BUILD", "1") == "0":
+            return
+        try:
+            command = [sys.executable, "-I", "-W", "ignore", "-c", COMPILE, str(here)]
+            ready = subprocess.run(command, capture_output=True, timeout=900).returncode == 0
+        except (OSError, subprocess.SubprocessError):
+            ready = False
+        print("nofa_nb: the kernels " + ("are compiled" if ready else "will be compiled at their first use"))
 
 
 extras = {name: lines(f"{name}_requirements") for name in ("dev", "fast", "asset", "samples", "judge")}
@@ -44,5 +72,6 @@ setup(
         "console_scripts": lines("console_scripts"),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
     },
+    cmdclass={"build_py": Build},
     zip_safe=False,
 )

@@ -14,7 +14,7 @@ from nofa_nb.core.weights import save_weights
 from nofa_nb.geometry.cameras import Camera
 from nofa_nb.layers.stylegan import initial_weights
 from nofa_nb.models.avatar import Avatar, AvatarModel, build_avatar_model, load_avatar_model, save_avatar_model
-from nofa_nb.models.deformation import deformed
+from nofa_nb.models.deformation import LATTICE, bake, deformed
 from nofa_nb.models.generator import build_generator
 from nofa_nb.ops.plane_sample import plane_sample
 
@@ -168,6 +168,32 @@ def test_render_bends_the_volume(model, avatar):
                   model.render(avatar, BETA, SOURCE, coarse=True), model.render(avatar, BETA, SOURCE[0])):
         assert (other.raw - want.raw).abs().max() > .02
     assert torch.equal(model.render(avatar, BETA, SOURCE, alpha=ALPHA).raw, want.raw)
+
+
+@torch.no_grad()
+def test_a_baked_deformation_is_near_the_exact_one(model, avatar):
+    exact = model.render(avatar, BETA, SOURCE, lattice=0).raw
+    errors = [(model.render(avatar, BETA, SOURCE, lattice=k).raw - exact).square().mean().item() for k in (4, 12, 40)]
+    assert errors[1] < .8 * errors[0] and errors[2] < .5 * errors[1]  # random octaves: a rough field
+    field = model.field(avatar, BETA, lattice=4)
+    torch.testing.assert_close(field.offsets, bake(model.deformation, ALPHA, BETA, 4))
+    assert torch.equal(model.render(avatar, None, SOURCE, lattice=4).raw, model.render(avatar, None, SOURCE).raw)
+    assert torch.equal(model.render(avatar, BETA, SOURCE).raw, exact)  # so few rays: the exact field is less work
+
+
+def test_frames_are_drawn_with_a_lattice_where_it_pays(model, monkeypatch):
+    small = build_avatar_model(preset("small"), seed=1).requires_grad_(False)
+    assert small.lattice() == 0  # gradients may be wanted
+    with torch.no_grad():
+        assert small.lattice() == LATTICE and small.lattice(raw_resolution=8) == 0 and model.lattice() == 0
+        asked = []
+        monkeypatch.setattr(small.generator, "image_of", lambda field, *rest: asked.append(field))
+        sizes = (3, 32, 64, 64), (3, 32, 64, 64), (1, 1, 1), (small.generator.num_ws, 256), (100,)
+        face = Avatar(*(torch.zeros(1, *s) for s in sizes), SOURCE[0], torch.zeros(1, 3, 64, 64))
+        for lattice in (None, 0):
+            small.render(face, BETA[:1], SOURCE[0], lattice=lattice)
+    small.render(face, BETA[:1], SOURCE[0])
+    assert [getattr(field, "offsets", None) is not None for field in asked] == [True, False, False]
 
 
 def test_faces_do_not_see_each_other(model, avatar):

@@ -1,5 +1,6 @@
 """Positional encoding and deformation field: parity with concatenation, Fig. 3 by hand, ablations, faults."""
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -14,7 +15,8 @@ from nofa_nb.core.errors import InputError
 from nofa_nb.core.repro import generator
 from nofa_nb.layers.encoding import encoded_size, positional_encoding
 from nofa_nb.layers.stylegan import initial_weights
-from nofa_nb.models.deformation import ConditionedMLP, DeformationField, deformed
+from nofa_nb.models.deformation import ConditionedMLP, DeformationField, bake, deformed, lattice_points
+from nofa_nb.ops.render import offset_points
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMOKE = preset("smoke").deformation
@@ -253,6 +255,42 @@ def test_deformed_moves_points_and_keeps_directions():
     assert torch.equal(features, points * 2) and torch.equal(density, points[..., :1])
 
 
+# --- baked ------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+@pytest.mark.parametrize("box_warp,dtype", [(1., torch.float64), (1.6, torch.float32), (1.6, torch.float64)])
+def test_a_baked_field_is_exact_at_its_nodes(box_warp, dtype):
+    field, (_, alpha, beta) = field_of(box_warp=box_warp).to(dtype), (t.to(dtype) for t in inputs())
+    offsets = bake(field, alpha, beta, 5, chunk=11)
+    nodes = lattice_points(5, box_warp).to(dtype).expand(2, -1, -1)
+    torch.testing.assert_close(nodes + offsets.flatten(1, 3), field(nodes, alpha, beta))
+    torch.testing.assert_close(offset_points(nodes, offsets, box_warp), field(nodes, alpha, beta))
+    assert (offsets != 0).all()  # the corners, too
+    z, y, x = 4, 1, 3
+    at = (torch.tensor([[[.25, -.25, .5]]], dtype=dtype) * box_warp).expand(2, -1, -1)
+    torch.testing.assert_close(offsets[:, z, y, x], (field(at, alpha, beta) - at)[:, 0])
+
+
+@torch.no_grad()
+def test_a_finer_lattice_is_nearer():
+    "Two octaves: the shortest wave is half the box long. Outside the box nothing moves, with either."
+    field, (x, alpha, beta) = field_of(replace(TINY, octaves=2)), inputs(TINY, size=1.2)
+    exact = field(x, alpha, beta)
+    baked = [offset_points(x, bake(field, alpha, beta, k), 1.) for k in (3, 6, 12, 24, 48)]
+    errors = [(b - exact).abs().mean().item() for b in baked]
+    assert all(b < .75 * a for a, b in zip(errors, errors[1:])) and errors[-1] < .03 * (exact - x).abs().mean()
+    out = (x.abs() > .5).any(-1)
+    assert out.sum() > 5 and torch.equal(offset_points(x, bake(field, alpha, beta, 6), 1.)[out], x[out])
+
+
+def test_gradients_pass_a_lattice():
+    field, (x, alpha, beta) = field_of(), inputs()
+    offset_points(x, bake(field, alpha, beta.requires_grad_(), 4), 1.).square().sum().backward()
+    assert beta.grad.abs().min() > 0 and all(p.grad.abs().max() > 0 for p in field.parameters())
+    with torch.inference_mode():
+        bake(field, alpha, beta, 7)
+    bake(field, alpha, beta, 7).sum().backward()  # nodes kept from an inference are no inference tensors
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------
 X, ALPHA, BETA = (t.float() for t in inputs())
 FIELD = field_of().float()
@@ -266,6 +304,8 @@ FIELD = field_of().float()
     (lambda: FIELD(X, ALPHA[:1], BETA), r"alpha must be \(2, 100\), got \(1, 100\)"),
     (lambda: FIELD(X, ALPHA, BETA[:1]), r"beta must be \(2, 52\), got \(1, 52\)"),
     (lambda: FIELD.offset(X, ALPHA, BETA[:, :3]), r"beta must be \(2, 52\)"),
+    (lambda: bake(FIELD, ALPHA, BETA, 1), "size must be at least 2 nodes"),
+    (lambda: bake(FIELD, ALPHA, BETA[:1]), r"alpha must be \(1, 100\)"),
     (lambda: FIELD.weight(X, ALPHA[0]), r"alpha must be \(2, 100\)"),
 ])
 def test_faults_name_the_argument(call, said):

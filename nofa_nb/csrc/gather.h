@@ -82,7 +82,7 @@ INLINE void gather(const float* planes, int padded, const Taps& taps, float* out
   for (; c < padded; c += LANES) gather_channels<1>(planes, padded, taps, c, out);
 }
 
-// ---- offsets: a lattice of vectors over the same cube, corner to corner; outside, those of the nearest point of the cube
+// ---- offsets: a lattice of vectors over the same cube, corner to corner; points outside the cube stay
 
 typedef float vf4 __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -93,10 +93,11 @@ struct Cell {
 };
 
 INLINE Cell cell(const Scene& s, float x, float y, float z) {
-  float position[3] = {x, y, z}, part[3], slope[3];
+  float position[3] = {x, y, z}, part[3], slope[3], inside = 1, half = 0.5f * s.box;
   int low[3];
   for (int axis = 0; axis < 3; axis++) {
     float u = (position[axis] / s.box + 0.5f) * (s.lattice - 1), top = s.lattice - 1;
+    if (!(position[axis] >= -half && position[axis] <= half)) inside = 0;
     slope[axis] = u > 0 && u < top ? top / s.box : 0.f;
     u = u > 0 ? (u < top ? u : top) : 0.f;
     low[axis] = (int)u < s.lattice - 2 ? (int)u : s.lattice - 2;
@@ -112,6 +113,7 @@ INLINE Cell cell(const Scene& s, float x, float y, float z) {
       w[axis] = high ? part[axis] : 1 - part[axis];
       d[axis] = high ? slope[axis] : -slope[axis];
     }
+    w[0] *= inside, d[0] *= inside;
     c.weight[k] = w[0] * w[1] * w[2];
     c.slope[0][k] = d[0] * w[1] * w[2], c.slope[1][k] = w[0] * d[1] * w[2], c.slope[2][k] = w[0] * w[1] * d[2];
   }

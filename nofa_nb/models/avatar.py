@@ -24,12 +24,12 @@ from ..core.weights import find_weights, load_weights, save_weights, to_half
 from ..geometry.cameras import Camera
 from ..geometry.sampling import Random
 from ..layers.stylegan import Noises, initial_weights, noise_per_layer
-from .deformation import DeformationField, deformed
+from .deformation import LATTICE, DeformationField, bake, deformed
 from .detail import DetailNetwork, Fusion, ResidualAlignment, build_detail, residual_image
 from .encoder import Encoder, build_encoder, style_codes
 from .generator import Frame, TriplaneGenerator, build_generator
 from .renderer import Field
-from .triplane import split_planes
+from .triplane import TriplaneField, split_planes
 
 # %% ../../nbs/models/avatar.ipynb #35bfd122
 KIND, FORMAT = "nofa_nb avatar", "1" # in the metadata of an avatar file
@@ -174,7 +174,7 @@ class AvatarModel(nn.Module):
         way, field = self.preset.readings.residual, self.generator.field(coarse.planes)
         if way == "deformed":
             need(beta is not None, "beta", 'the expression of the source, as readings.residual is "deformed"', None)
-            field = deformed(field, self.deformation, alpha, beta)
+            field = self._driven(field, alpha, beta, self.lattice())
         drawn = self.generator.image_of(field, ws, camera, random, chunk=chunk).image
         lack = residual_image(image, drawn)
         return self.alignment(lack, drawn) if way == "aligned" else lack
@@ -235,10 +235,23 @@ class AvatarModel(nn.Module):
         beta:Float[Tensor, "b e"]|None=None,  # wanted expression; None: the canonical face
         coarse:bool=False,                    # V_c instead of V_e
         alpha:Float[Tensor, "b a"]|None=None, # None: the source's
+        lattice:int=0,                        # nodes along a side of the baked deformation; 0: exact
     )->Field:
         "The driven face as a function of points, for a renderer."
         field = self.generator.field(avatar.coarse_planes if coarse else avatar.planes)
-        return field if beta is None else deformed(field, self.deformation, avatar.alpha if alpha is None else alpha, beta)
+        return field if beta is None else self._driven(field, avatar.alpha if alpha is None else alpha, beta, lattice)
+
+    def _driven(self, field:TriplaneField, alpha:Tensor|None, beta:Tensor, lattice:int)->Field:
+        if lattice: return replace(field, offsets=bake(self.deformation, alpha, beta, lattice))
+        return deformed(field, self.deformation, alpha, beta)
+
+    def lattice(self,
+        raw_resolution:int|None=None, # rays along a side; None: the generator's own
+    )->int:                           # nodes along a side; 0: exact
+        "Lattice for a frame: none where gradients are wanted, or where the rays have fewer samples than it has nodes."
+        r = self.generator.renderer
+        samples = (raw_resolution or self.generator.raw_resolution)**2 * (r.depth_coarse + r.depth_fine)
+        return 0 if torch.is_grad_enabled() or samples < LATTICE**3 else LATTICE
 
     def render(self,
         avatar:Avatar,
@@ -249,6 +262,7 @@ class AvatarModel(nn.Module):
         random:Random=None,                   # of the samples along rays
         raw_resolution:int|None=None,         # rays along a side; None: the generator's own
         chunk:int|None=None,                  # rays at a time; None: all
+        lattice:int|None=None,                # nodes along a side of the baked deformation; 0: exact; None: as `lattice` says
     )->Frame:
         "Pictures of avatars. One of a kind, be it avatar, expression, identity or camera, goes with many of another."
         given = dict(avatar=avatar, beta=beta, camera=camera, alpha=alpha)
@@ -257,7 +271,8 @@ class AvatarModel(nn.Module):
         need(set(sizes.values()) <= {1, n}, "avatar, beta, camera, alpha", f"1 of each, or {n}", sizes)
         avatar = avatar.expand(n)
         beta, alpha = (t if t is None else t.expand(n, -1) for t in (beta, alpha))
-        return self.generator.image_of(self.field(avatar, beta, coarse, alpha), avatar.ws, camera, random, raw_resolution, chunk)
+        field = self.field(avatar, beta, coarse, alpha, self.lattice(raw_resolution) if lattice is None else lattice)
+        return self.generator.image_of(field, avatar.ws, camera, random, raw_resolution, chunk)
 
     def generator_hash(self)->str: # 64 hexadecimal digits
         "What identifies the generator that an avatar was made with."

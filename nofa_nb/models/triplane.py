@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core.errors import need, need_shape
 from ..layers.stylegan import FullyConnected
 from ..ops.plane_sample import PlaneAxes, plane_sample
-from ..ops.render import Traced, render_triplane
+from ..ops.render import Traced, offset_points, render_triplane
 
 # %% ../../nbs/models/triplane.ipynb #8fa76f69
 def split_planes(
@@ -65,12 +65,14 @@ class TriplaneField:
     decoder:nn.Module            # (b, n, c) to features (b, n, f) and raw density (b, n, 1)
     box_warp:float=1.0           # side of the cube that the planes span
     plane_axes:PlaneAxes="eg3d"
+    offsets:Float[Tensor, "b k k k 3"]|None=None # a baked deformation, added to points first; see `ops.render`
 
     def __call__(self,
         points:Float[Tensor, "b n 3"],          # in the world
         directions:Float[Tensor, "b n 3"]|None=None, # not used
     )->tuple[Float[Tensor, "b n f"], Float[Tensor, "b n 1"]]: # features; raw density
         "Features and density of points; outside the box, those of an all-zero feature."
+        if self.offsets is not None: points = offset_points(points, self.offsets, self.box_warp)
         return self.decoder(plane_sample(self.planes, points, self.box_warp, self.plane_axes, mean=True))
 
     def trace(self,
@@ -83,4 +85,4 @@ class TriplaneField:
         "What rays see, by the fused operator where there is one."
         if not isinstance(self.decoder, Decoder): return None
         weights, biases = self.decoder.layers()
-        return render_triplane(self.planes, weights, biases, origins, directions, depths, numbers, self.box_warp, self.plane_axes, white_back)
+        return render_triplane(self.planes, weights, biases, origins, directions, depths, numbers, self.box_warp, self.plane_axes, white_back, self.offsets)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import need, need_shape
-from .extension import extension
+from .extension import cuda_extension, extension
 from .plane_sample import AXES, PlaneAxes, plane_sample_ref
 
 # %% ../../nbs/ops/render.ipynb #a0c6212b
@@ -25,10 +25,11 @@ def offset_points(
     offsets:Float[Tensor, "b k k k 3"], # nodes along z, y, x; each a vector (x, y, z)
     box_warp:float,                     # side of the cube that they span
 )->Float[Tensor, "b n 3"]:
-    "Move points by the offset at their place, trilinear; outside the cube, by that of its nearest point."
+    "Move points by the offset at their place, trilinear; points outside the cube stay."
     grid = (points * (2 / box_warp))[:, :, None, None]
     found = F.grid_sample(offsets.to(points).movedim(4, 1), grid, mode="bilinear", padding_mode="border", align_corners=True)
-    return points + found[:, :, :, 0, 0].mT
+    inside = (points.abs() <= box_warp / 2).all(-1, keepdim=True)
+    return points + torch.where(inside, found[:, :, :, 0, 0].mT, 0.)
 
 def decode_ref(
     x:Float[Tensor, "*n c"],
@@ -120,6 +121,9 @@ class _Settings(NamedTuple):
 def _dense(t:Tensor|None)->Tensor|None:
     return None if t is None else t.detach().to(torch.float32).contiguous()
 
+def _operators(device:torch.device): # the same names and arguments on both
+    return torch.ops.nofa_nb_cuda if device.type == "cuda" else torch.ops.nofa_nb
+
 def _named(origins:Tensor, directions:Tensor, depths:Tensor, numbers:Tensor|None, offsets:Tensor|None, layers:Sequence[Tensor])->dict[str, Tensor]:
     "What there is beside the planes, by its name in the caller's hands."
     named = dict(origins=origins, directions=directions, depths=depths, numbers=numbers, offsets=offsets)
@@ -130,13 +134,14 @@ class _Fused(torch.autograd.Function):
     "The compiled operator and its gradient."
     @staticmethod
     def forward(ctx, settings, planes, origins, directions, offsets, depths, numbers, *layers):
-        s, ops = settings, torch.ops.nofa_nb
+        s, ops = settings, _operators(planes.device)
         decoder = [_dense(t) for t in layers]
         rays = [_dense(t) for t in (origins, directions, depths)]
         lattice, numbers = None if offsets is None else _dense(F.pad(offsets, (0, 1))), _dense(numbers)
         packed, finite = ops.pack(planes.detach(), s.instructions, s.threads)
         need(finite, "planes", "finite", "NaN or infinite numbers")
         named = _named(*rays, numbers, lattice, decoder)
+        if planes.is_cuda: named |= {"planes": packed} # checked with the rest, as each answer means waiting for the GPU
         wrong = ops.infinite(list(named.values()))
         need(wrong < 0, list(named)[wrong], "finite", "NaN or infinite numbers")
         *seen, fine = ops.forward(packed, planes.shape[2], decoder[::2], decoder[1::2], *rays, numbers, lattice, s.axes, s.box_warp, s.white_back,
@@ -154,7 +159,7 @@ class _Fused(torch.autograd.Function):
         _, planes, *rays, offsets, _, _ = wanted = ctx.needs_input_grad[:7]
         layers = any(ctx.needs_input_grad[7:])
         given = [_dense(g) for g in gradients]
-        made = torch.ops.nofa_nb.backward(*given, packed, ctx.channels, decoder[::2], decoder[1::2], origins, directions, depths, lattice, s.axes,
+        made = _operators(packed.device).backward(*given, packed, ctx.channels, decoder[::2], decoder[1::2], origins, directions, depths, lattice, s.axes,
                                           s.box_warp, s.white_back, planes, layers, offsets, any(rays), s.instructions, s.threads)
         to_planes, to_offsets, to_origins, to_directions = made[:4]
         found = to_planes.to(ctx.dtypes[0]), to_origins, to_directions, to_offsets[..., :3], None, None
@@ -172,14 +177,19 @@ def fused_fault(
     weights:Sequence[Tensor],
     origins:Tensor,
     depths:Tensor,
+    fine:int=0,      # importance samples of a ray
 )->str:
     "Why the fused operator cannot be used for these; empty: it can."
-    if planes.device.type != "cpu": return f"it is for the CPU so far, the planes are on {planes.device}"
+    kind = planes.device.type
+    if kind not in ("cpu", "cuda"): return f"it is for CPUs and CUDA, the planes are on {planes.device}"
     if origins.dtype != torch.float32: return f"it computes in float32, the rays are {origins.dtype}"
     if len(weights) > 3: return f"the decoder has {len(weights) - 1} hidden layers, at most 2"
     if depths.requires_grad: return "the depths need a gradient"
     if planes.shape[2:].numel() * 3 >= 2**31 // 2: return "the planes are too large"
-    return extension()
+    if kind == "cpu": return extension()
+    fault, sizes = cuda_extension(planes.device), [planes.shape[2], *(w.shape[0] for w in weights)]
+    if fault or torch.ops.nofa_nb_cuda.fits(sizes, depths.shape[2] + fine, torch.is_grad_enabled()): return fault
+    return f"the decoder {sizes} does not fit into a block's memory on {planes.device}"
 
 def _need_fit(planes:Tensor, weights:Sequence[Tensor], biases:Sequence[Tensor], origins:Tensor, directions:Tensor, depths:Tensor,
               numbers:Tensor|None, offsets:Tensor|None)->None:
@@ -225,7 +235,7 @@ def render_triplane(
     need(backend in ("auto", "torch", "fused"), "backend", "auto, torch or fused", repr(backend))
     need(offsets is None or offsets.shape[1] >= 2, "offsets", "at least 2 nodes a side", None if offsets is None else tuple(offsets.shape))
     need(numbers is None or bool((depths[..., 1:] >= depths[..., :-1]).all()), "depths", "ascending, as there are numbers", "a step back")
-    fault = "asked for the twin" if backend == "torch" else fused_fault(planes, weights, origins, depths)
+    fault = "asked for the twin" if backend == "torch" else fused_fault(planes, weights, origins, depths, 0 if numbers is None else numbers.shape[2])
     need(backend != "fused" or not fault, "backend", "one that works here", "fused", fault)
     layers = [t for pair in zip(weights, biases) for t in pair]
     if fault:
