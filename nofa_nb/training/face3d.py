@@ -23,6 +23,7 @@ from ..data.rays import RaySet
 from ..experts.face3d import POSE_SCALES, FaceConfig, FaceParameters, FaceRegressor, camera_pose, draw_landmarks, landmarks, pose_camera
 from ..geometry.cameras import Camera
 from .loop import Stage, cosine, warm_up
+from .muon import Muon, matrix_groups
 from ..world.head import Head, load_head
 from ..world.motion import UNIT
 
@@ -65,6 +66,7 @@ class FaceStage:
     steps:int             = 4000
     batch:int             = 64
     lr:float              = 2e-3  # Adam, warm-up, cosine
+    matrix_lr:float       = 0.    # Muon's, for the trunk's matrices, relative to their entries; 0: Adam for all
     weight_decay:float    = 1e-4
     warm_up:int           = 200   # steps
     rate_end:float        = .01   # of the rate, at the last step
@@ -84,7 +86,7 @@ class FaceStage:
 
 STAGES = MappingProxyType({
     "smoke": FaceStage(steps=150, batch=16, warm_up=10, ema_half_life=.1, precision="32-true", augmentation=Augmentation(.03, .05, .05)), # seconds
-    "small": FaceStage(),                                   # ten minutes on one core with bfloat16 units
+    "small": FaceStage(matrix_lr=.03),                                # ten minutes on one core with bfloat16 units
     "base": FaceStage(steps=40_000, lr=1e-3, batch=128, ema_half_life=20.),
     "paper": FaceStage(steps=40_000, lr=1e-3, batch=128, ema_half_life=20.)}) # the paper takes Deep3DFaceRecon's weights instead
 
@@ -188,7 +190,8 @@ class FaceTraining(Stage):
 
     def optimisers(self):
         s = self.stage
-        return {"face3d": torch.optim.AdamW(self.model.parameters(), lr=s.lr, betas=(.9, .98), weight_decay=s.weight_decay)}
+        groups = matrix_groups(self.model.named_parameters(), s.matrix_lr, s.lr, s.weight_decay, but=("heads.",))
+        return {"face3d": Muon(groups, s.lr, betas=(.9, .98))}
 
     def data(self, samples, seed):
         index = torch.tensor(self.pictures.pick(samples, seed))
