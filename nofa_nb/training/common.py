@@ -32,6 +32,7 @@ from .checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, unpack_m
 from .losses import (DeformationLoss, Identity, Perceptual, SyntheticLoss, View, bbox_loss,
     reconstruction_loss, synthetic_losses, video_losses, weighted)
 from .loop import Stage, cosine, warm_up
+from .muon import Muon, matrix_groups
 
 # %% ../../nbs/training/common.ipynb #57dca71a
 class Window(NamedTuple):
@@ -309,9 +310,10 @@ class AvatarStage(Stage):
     def modules(self): return parts_of(self.model)
     def helpers(self): return self.judges
     def averaged(self): return list(self.parts)
-    def adam(self, parts:Sequence[str])->torch.optim.Adam:
-        held = [p for name in parts for p in parts_of(self.model)[name].parameters()]
-        return torch.optim.Adam(held, lr=self.stage.lr, betas=self.stage.betas)
+    def adam(self, parts:Sequence[str])->torch.optim.Optimizer: # or Muon, where the stage has a rate for matrices
+        s, held = self.stage, [(name, p) for part in parts for name, p in parts_of(self.model)[part].named_parameters()]
+        if not s.matrix_lr: return torch.optim.Adam([p for _, p in held], lr=s.lr, betas=s.betas)
+        return Muon(matrix_groups(held, s.matrix_lr, s.lr), s.lr, s.betas)
 
     def optimisers(self): return {"model": self.adam(self.parts)}
 

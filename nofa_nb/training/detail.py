@@ -30,6 +30,7 @@ class DetailStage:
     warm_up:int        = 0       # steps
     end:float          = 1.      # of the rate at the last step, by a cosine; 1: constant
     ema_half_life:float = 10.    # thousand images; as EG3D's
+    matrix_lr:float    = 0.        # Muon's, for matrices, relative to their entries; 0: Adam for all; ours
     precision:str      = "32-true" # or "bf16-mixed": convolutions and linear layers in bfloat16
     loss:SyntheticLoss = field(default_factory=SyntheticLoss) # Eq. 9
     window:int         = 0       # side of what is rendered, raw pixels; 0: whole pictures; ours

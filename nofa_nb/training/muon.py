@@ -70,7 +70,7 @@ class Muon(Optimizer):
 # %% ../../nbs/training/muon.ipynb #3bd7bfba
 def matrix_groups(
     parameters:Iterable[tuple[str, nn.Parameter]], # by name, such as a module's `named_parameters()`
-    matrix_lr:float,           # of matrices, relative to the root mean square of their entries; 0: AdamW for all
+    matrix_lr:float,           # of matrices, relative to their entries; 0: AdamW for all
     lr:float,                  # AdamW's, for the rest
     weight_decay:float=0.,     # AdamW's
     but:tuple[str, ...]=(),    # parts of names that are left to AdamW
@@ -79,8 +79,8 @@ def matrix_groups(
     "Groups for `Muon`."
     groups, rest = [], []
     for name, p in parameters:
-        size = float(p.detach().square().mean().sqrt()) if matrix_lr and p.ndim >= 2 else 0.
-        matrix = size > 1e-4 and name.endswith("weight") and min(p.flatten(1).shape) >= least and not any(b in name for b in but)
-        if matrix: groups.append({"params": [p], "lr": matrix_lr * size, "matrices": True})
-        else: rest.append(p)
+        matrix = matrix_lr and name.endswith("weight") and p.ndim >= 2 and min(p.flatten(1).shape) >= least and not any(b in name for b in but)
+        if not matrix: rest.append(p); continue
+        size = max(float(p.detach().square().mean().sqrt()), .5 / p[0].numel()**.5)
+        groups.append({"params": [p], "lr": matrix_lr * size, "matrices": True})
     return groups + ([{"params": rest, "lr": lr, "weight_decay": weight_decay}] if rest else [])
