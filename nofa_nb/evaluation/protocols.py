@@ -10,7 +10,7 @@ __all__ = ['Face3D', 'Draw', 'Method', 'PIXELS', 'CONTROLS', 'FORMAT', 'LESS_IS_
 
 # %% ../../nbs/evaluation/protocols.ipynb #30cb22a4
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 import math
 from pathlib import Path
@@ -59,6 +59,13 @@ class Frames:
         for name, row in dict(image="3 s s", alpha="a", beta="e", camera="25", points="5 2").items(): need_shape(name, getattr(self, name), f"{b} {row}")
 
     def __len__(self)->int: return len(self.index)
+
+    def at(self,
+        which:Sequence[int], # places in this batch
+    )->"Frames":
+        "Some of the frames."
+        rows = {f.name: getattr(self, f.name)[list(which)] for f in fields(self) if f.name != "index" and getattr(self, f.name) is not None}
+        return Frames(index=tuple(self.index[i] for i in which), **rows)
 
 @dataclass(frozen=True, eq=False)
 class Trial:

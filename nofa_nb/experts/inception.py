@@ -46,6 +46,7 @@ class InceptionFeatures(nn.Module):
     )->Float[np.ndarray, "b 2048"]:
         "Features of pictures of any size."
         need_shape("image", image, "b 3 h w")
+        image = image.to(next(self.parameters()).device)
         bytes_ = ((image.clamp(-1, 1) + 1) * 127.5).round() / 255
         return self.network(bytes_)[0].flatten(1).double().cpu().numpy()
 
