@@ -7,7 +7,9 @@ __all__ = ['BY_NAME', 'PAGE', 'DEMO', 'GROUPS', 'COMMANDS', 'explain', 'HelpForm
            'build_parser', 'run_notebook', 'report', 'execute', 'demo_arguments', 'demo', 'sheet_arguments', 'sheet',
            'clip_arguments', 'clip', 'bench_arguments', 'bench', 'build_arguments', 'build', 'head_arguments', 'head',
            'eg3d_arguments', 'convert_eg3d', 'within', 'sample_arguments', 'sample', 'evaluate_prior_arguments',
-           'evaluate_prior', 'version_of', 'program', 'facts', 'no_arguments', 'doctor', 'main']
+           'evaluate_prior', 'bench_common', 'bench_renderer_arguments', 'used_by_others', 'bench_renderer',
+           'bench_avatar_arguments', 'bench_avatar', 'bench_report_arguments', 'bench_report', 'version_of', 'program',
+           'facts', 'no_arguments', 'doctor', 'main']
 
 # %% ../../nbs/apps/cli.ipynb #f0f574a0
 import argparse
@@ -306,6 +308,78 @@ def evaluate_prior(args:argparse.Namespace)->None:
                       shown=8, workers=args.workers, seed=args.seed, results=str(results), out=".")
     print(f"done: {results}; open {execute(notebook, out, parameters)} in a browser")
 
+# %% ../../nbs/apps/cli.ipynb #32fe4bbd
+def bench_common(parser:argparse.ArgumentParser)->None:
+    parser.add_argument("--threads", type=whole(1), nargs="+", default=[1], metavar="N", help="CPU threads to try")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="such as cpu or cuda")
+    parser.add_argument("--seconds", type=more_than(0), default=1., metavar="S", help="for each figure, about")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
+
+def bench_renderer_arguments(parser:argparse.ArgumentParser)->None:
+    parser.add_argument("--rays", type=whole(1), nargs="+", default=[128], metavar="N", help="rays along a side of the picture")
+    parser.add_argument("--samples", type=whole(4), nargs="+", default=[48], metavar="N", help="samples of a ray, in each of two passes")
+    bench_common(parser)
+
+def used_by_others()->str:
+    "A warning, or nothing."
+    from nofa_nb.apps.bench import busy
+    others = busy()
+    return f"note: other programs use {others:.1f} cores, these figures mean little" if others and others > .3 else ""
+
+def bench_renderer(args:argparse.Namespace)->None:
+    "Time the renderer, plain and fused."
+    import json
+    from nofa_nb.apps.bench import bench_renderer as measure, renderer_rows
+    note = used_by_others()
+    rows = renderer_rows(measure(tuple(args.rays), tuple(args.samples), tuple(args.threads), (args.device,), args.seconds, say=lambda text: print(text, file=sys.stderr)))
+    if note: print(note, file=sys.stderr)
+    if args.json: return print(json.dumps(rows, indent=1))
+    print(f"{'':14}{'':11}{'rays':>8}{'samples':>8}{'threads':>8}{'ms':>10}{'Mpoints/s':>10}{'GFLOP/s':>9}{'of peak':>8}{'MB':>7}{'faster':>8}")
+    for r in rows:
+        memory, faster = ("" if r[k] is None else f"{r[k]:{form}}" for k, form in (("megabytes", ".0f"), ("faster", ".1f")))
+        print(f"{r['kind']:14}{r['renderer']:11}{r['rays']:4}x{r['rays']:<3}{r['samples']:>5}+{r['samples']:<2}{r['threads']:8}{r['ms']:10.1f}{r['points_per_second'] / 1e6:10.1f}"
+              f"{r['gflops']:9.1f}{r['share_of_peak']:8.0%}{memory:>7}{faster:>8}")
+    for r in {(r["device"], r["threads"]): r for r in rows}.values():
+        print(f"{r['device']}, {r['threads']} thread{'s' * (r['threads'] > 1)}: peak {r['peak_gflops']:.0f} GFLOP/s (32-bit matrix product), {r['gigabytes_per_second']:.0f} GB/s (copy)")
+
+def bench_avatar_arguments(parser:argparse.ArgumentParser)->None:
+    parser.add_argument("--presets", choices=["smoke", "small", "base", "paper"], nargs="+", default=["small", "base"], help="sizes; paper takes minutes")
+    parser.add_argument("--weights", default="random", metavar="DIR", help='"trained": those of the presets; or a folder')
+    bench_common(parser)
+
+def bench_avatar(args:argparse.Namespace)->None:
+    "Time an avatar's parts."
+    import json
+    from nofa_nb.apps.bench import ONCE, bench_avatar as measure
+    note = used_by_others()
+    found = [measure(p, n, args.device, args.seconds, args.weights) for p in args.presets for n in args.threads]
+    if note: print(note, file=sys.stderr)
+    if args.json: return print(json.dumps([dict(preset=s.preset, threads=s.threads, device=s.device, frames_per_second=s.frames_per_second, baked_db=s.baked,
+                                                ms={k: 1e3 * t for k, t in s.seconds.items()}) for s in found], indent=1))
+    for s in found:
+        text = lambda once: ", ".join(f"{k} {1e3 * t:.1f} ms" for k, t in s.seconds.items() if (k in ONCE) == once)
+        print(f"{s.preset}, {s.threads} thread{'s' * (s.threads > 1)} of {s.device}: {s.frames_per_second:.1f} frames/s\n  once per photo: {text(True)}\n  each frame: {text(False)}")
+        if s.baked is not None: print(f"  baked deformation against the exact one: {s.baked:.1f} dB")
+
+# %% ../../nbs/apps/cli.ipynb #115ff8fb
+def bench_report_arguments(parser:argparse.ArgumentParser)->None:
+    parser.add_argument("--presets", choices=["smoke", "small", "base", "paper"], nargs="+", default=["small", "base"], help="avatars; paper takes minutes")
+    parser.add_argument("--weights", default="random", metavar="DIR", help='"trained": those of the presets; or a folder')
+    parser.add_argument("--seconds", type=more_than(0), default=2., metavar="S", help="for each figure, about")
+    parser.add_argument("--busy", action="store_true", help="measure although other programs are running")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="folder of the run")
+    parser.add_argument("--results", type=Path, metavar="PATH", help="JSON file, or a folder (default: results/bench of the repository)")
+
+def bench_report(args:argparse.Namespace)->None:
+    "Run nbs/runs/bench.ipynb into a folder."
+    notebook = run_notebook("bench")
+    results = (args.results or notebook.parents[2]/"results"/"bench").resolve()
+    if not results.suffix: results.mkdir(parents=True, exist_ok=True)
+    weights = args.weights if args.weights in ("random", "trained") else str(Path(args.weights).resolve())
+    parameters = dict(rays=[64, 128], samples=[24, 48], threads=[1, 2], presets=args.presets, weights=weights, seconds=args.seconds, quiet=not args.busy,
+                      results=str(results), out=".")
+    print(f"done: {results}; open {execute(notebook, args.out, parameters)} in a browser")
+
 # %% ../../nbs/apps/cli.ipynb #38568a08
 def version_of(
     package:str, # name on the package index
@@ -345,7 +419,8 @@ def doctor(args:argparse.Namespace)->None:
 
 # %% ../../nbs/apps/cli.ipynb #dfdb2567
 GROUPS = {"world": "the synthetic face world: sheets, clips, data sets", "convert": "weights of others, as safetensors",
-          "train": "train a stage, or go on with one", "evaluate": "measure trained weights on held-out people"}
+          "train": "train a stage, or go on with one", "evaluate": "measure trained weights on held-out people",
+          "bench": "speed of this machine"}
 COMMANDS = (
     Command("demo", "render the face world into a folder, with a report", demo_arguments, demo),
     Command("world sheet", "a contact sheet of faces", sheet_arguments, sheet),
@@ -363,6 +438,9 @@ COMMANDS = (
     Command("sample", "new faces of the 3D generator: a sheet and a film", sample_arguments, sample),
     Command("reenact", "a film of an avatar from one photo and a driving video", reenact_arguments, reenact),
     Command("adapt", "an avatar file of a face, adapted to it", adapt_arguments, adapt_command),
+    Command("bench renderer", "the renderer, plain and fused", bench_renderer_arguments, bench_renderer),
+    Command("bench avatar", "an avatar's frames, by parts", bench_avatar_arguments, bench_avatar),
+    Command("bench report", "all of that, with pictures, into results/bench", bench_report_arguments, bench_report),
     Command("doctor", "what is installed here", no_arguments, doctor),
 )
 

@@ -139,7 +139,7 @@ __device__ const float* decoder_back(const Scene& s, const Room& room, const Sam
 
 __device__ bool wants_points(const Wanted& w) { return w.to.offsets || w.origins; }
 
-__global__ void __launch_bounds__(kThreads, 1) render_back_kernel(Scene s, Wanted wanted, float* scratch, Plan plan) {
+__global__ void __launch_bounds__(kThreads, 2) render_back_kernel(Scene s, Wanted wanted, float* scratch, Plan plan) {
   NOFA_SHARED(memory);
   bool points = wants_points(wanted), to_decoder = wanted.to.weight[0];
   Room room(s, plan.tile, plan.rays, true, true, memory);

@@ -120,10 +120,6 @@ class _Settings(NamedTuple):
 
 def _dense(t:Tensor|None)->Tensor|None:
     return None if t is None else t.detach().to(torch.float32).contiguous()
-
-def _operators(device:torch.device): # the same names and arguments on both
-    return torch.ops.nofa_nb_cuda if device.type == "cuda" else torch.ops.nofa_nb
-
 def _named(origins:Tensor, directions:Tensor, depths:Tensor, numbers:Tensor|None, offsets:Tensor|None, layers:Sequence[Tensor])->dict[str, Tensor]:
     "What there is beside the planes, by its name in the caller's hands."
     named = dict(origins=origins, directions=directions, depths=depths, numbers=numbers, offsets=offsets)
@@ -171,6 +167,9 @@ def pack_planes(
 )->Float[Tensor, "b 3 c h w"]: # the same numbers, channels of a pixel side by side
     "Planes as the fused operator reads them, for use with many cameras."
     return planes.movedim(2, 4).contiguous().movedim(4, 2)
+
+def _operators(device:torch.device): # the same names and arguments on both
+    return torch.ops.nofa_nb_cuda if device.type == "cuda" else torch.ops.nofa_nb
 
 def fused_fault(
     planes:Tensor,
