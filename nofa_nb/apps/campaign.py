@@ -78,7 +78,7 @@ def duration(
     "A time in words."
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
-# %% ../../nbs/apps/campaign.ipynb #e3ac600c
+# %% ../../nbs/apps/campaign.ipynb #c14a7d80
 @dataclass(frozen=True)
 class Share:
     "What a plan gives to a step."
@@ -208,6 +208,7 @@ def alone(
             break
         yield file
 
+# %% ../../nbs/apps/campaign.ipynb #b4c62825
 def _say(step:str, folder:Path, total:Mapping)->str:
     "How far a training is, by its log."
     try: lines = [json.loads(text) for text in (folder/"log.jsonl").read_text("utf-8").splitlines()[-40:]]
@@ -267,6 +268,7 @@ def conclude(
     page = next((name for name in ("report.html", f"{GRAPH[step].notebook}.ipynb") if (folder/name).exists()), "")
     return {"step": step, "preset": plan.preset, **told, "wall_seconds": json.loads(wall.read_text("utf-8"))["seconds"] if wall.exists() else None, "report": page}
 
+# %% ../../nbs/apps/campaign.ipynb #c2edceac
 def run_step(
     preset:str,
     step:str,
@@ -332,6 +334,7 @@ def snakemake(
     return [sys.executable, "-c", start, "--snakefile", str(repository("Snakefile")), "--config", f"preset={preset}", f"root={root}", "--cores", str(cores),
             "--quiet", "rules", "host", "reason", "--nolock", "--rerun-incomplete", "--keep-going", "--scheduler", "greedy", *more]
 
+# %% ../../nbs/apps/campaign.ipynb #bf23033d
 def run_all(
     preset:str,
     root:str|Path="out/train",
