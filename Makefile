@@ -3,9 +3,10 @@ SHELL := /bin/sh
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 6))' >/dev/null 2>&1; then echo $$p; break; fi; done)
 OUT ?= out/demo
+PRESET ?= small
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test docs lint clean
+.PHONY: help setup demo test tables docs lint clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +20,9 @@ demo: setup ## render the face world into out/demo, with a report to open in a b
 
 test: setup ## all checks: export drift, clean notebooks, ruff, pytest, every notebook executed
 	@.venv/bin/python .ci/test.py
+
+tables: setup ## measure what is missing of Tables 1 to 5 and draw them into out/tables/$(PRESET) (PRESET=small)
+	@.venv/bin/snakemake -s workflow/tables.smk --cores 2 --rerun-triggers mtime --rerun-incomplete --nolock --quiet host reason --config preset=$(PRESET) -- tables
 
 docs: setup ## build the documentation site into site/
 	@.venv/bin/python .ci/docs.py
