@@ -67,7 +67,7 @@ def kept_of(
         need(not other, f"{path}", "of the result beside it", f"another {', '.join(other)}", "measure again: remove both and call `make tables`")
         k = kinds.get(row.kind, {}).get(r.metric)
         value = None if k is None else np.mean([*k.values.values()]) if isinstance(k, ByUnit) else k.whole
-        need(value is not None and math.isclose(value, r.value, rel_tol=1e-4, abs_tol=1e-6), f"{r.metric} in {path}", f"{r.value:.6g}, as in the result", value, "measure again: remove both and call `make tables`")
+        need(value is not None and math.isclose(value, r.value, rel_tol=1e-6, abs_tol=1e-9), f"{r.metric} in {path}", f"{r.value:.6g}, as in the result", value, "measure again: remove both and call `make tables`")
         found[name, key] = k
     return found
 
@@ -152,7 +152,7 @@ def orders(
         values, mine = [printed[r, c.key] for r in rows], [kept[r, c.key] for r in rows]
         if len(set(values)) < 2: continue
         found[c.key] = agreement(values, mine, seed=seed)
-        draws.append([kendall(values, column) for column in resamples(mine, seed=seed).T])
+        draws.append(kendall(values, resamples(mine, seed=seed).T))
     if len(found) > 1:
         low, high = np.nanquantile(np.nanmean(draws, 0), [.025, .975])
         found["mean"] = Agreement(float(np.nanmean([a.tau for a in found.values()])), (float(low), float(high)), max(a.n for a in found.values()))

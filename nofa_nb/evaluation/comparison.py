@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..baselines.protocol import Driving
 from ..core.errors import need
-from ..core.io import load_tensors, read_json, write_json
+from ..core.io import read_json, write_json
 from ..core.repro import bootstrap_interval, rng
 from .metrics import frechet
 from ..geometry.cameras import Camera
@@ -79,7 +79,7 @@ def by_unit(
 def left_out(
     found:Float[np.ndarray, "n d"],  # features of drawn pictures
     truth:Float[np.ndarray, "m d"],  # of true ones
-    units:tuple[Sequence[str], Sequence[str]], # of both
+    units:Sequence[Sequence[str]], # of both
     groups:int=20,
     seed:int=0,
 )->LeftOut:
@@ -95,20 +95,21 @@ def left_out(
 FORMAT = "nofa_nb units 1"
 
 def keep_units(
-    scores:object,                # `evaluation.protocols.Scores` of a run
+    scores:object,                # of a run, as `evaluation.protocols.run_protocol` gives them
     features:str,                 # name of the Fréchet distance, such as "frechet_DCT-104"
     metrics:Iterable[str]|None=None, # None: all
     seed:int=0,
 )->dict[str, dict[str, Kept]]:    # by kind of picture and metric
     "What stays of a run's scores."
-    found, sets = {}, {}
-    for r in scores.records:
-        for kind, t in load_tensors(Path(scores.folder)/f"{r['name']}.safetensors")[0].items(): sets.setdefault(kind, []).append((r["unit"], t.double().numpy()))
-    joined = {k: (np.concatenate([f for _, f in s]), [u for u, f in s for _ in f]) for k, s in sets.items()}
+    found = {}
+    def both(v:str)->tuple: # features of a kind of picture and of what it is compared with, and their units
+        sets = [scores.tensors(f"features/{name}") for name in (v, "truth")]
+        return [np.concatenate(x) for x in sets], [[r["unit"] for r, t in zip(scores.records, x) for _ in t] for x in sets]
     for v in (v for v in scores.variants if v != "truth"):
         names = [m for m in scores.metrics(v) if metrics is None or m in set(metrics)]
         found[v] = {m: k for m in names if (k := by_unit(*scores.values(v, m))).values}
-        if len({*joined[v][1]}) >= 2: found[v][features] = left_out(joined[v][0], joined["truth"][0], (joined[v][1], joined["truth"][1]), seed=seed)
+        pictures, units = both(v)
+        if len(set(units[0])) >= 2: found[v][features] = left_out(*pictures, units, seed=seed)
     return found
 
 def write_units(
@@ -155,18 +156,18 @@ def paired(
     error = 1.96 * math.sqrt((len(left) - 1) * np.var(left))
     return Difference(middle, (middle - error, middle + error), sum(map(len, a.groups)))
 
-# %% ../../nbs/evaluation/comparison.ipynb #32959daa
+# %% ../../nbs/evaluation/comparison.ipynb #b792ca47
 def kendall(
-    x:Sequence[float],
-    y:Sequence[float], # as many
-)->float:              # -1 to 1; NaN where all of one are tied
+    x:Float[np.ndarray, "k"]|Sequence[float],
+    y:Float[np.ndarray, "*r k"]|Sequence[float], # one order, or many
+)->Float[np.ndarray, "*r"]: # -1 to 1; NaN where all of one are tied
     "Kendall's tau-b."
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    need(x.shape == y.shape and x.ndim == 1 and len(x) >= 2, "x, y", "of one length, at least 2", (x.shape, y.shape))
+    need(x.ndim == 1 and y.shape[-1:] == x.shape and len(x) >= 2, "x, y", "of one length, at least 2", (x.shape, y.shape))
     i, j = np.triu_indices(len(x), 1)
-    a, b = np.sign(x[i] - x[j]), np.sign(y[i] - y[j])
-    among = math.sqrt((a != 0).sum() * (b != 0).sum())
-    return float((a * b).sum() / among) if among else math.nan
+    a, b = np.sign(x[i] - x[j]), np.sign(y[..., i] - y[..., j])
+    among = np.sqrt((a != 0).sum() * (b != 0).sum(-1))
+    return (a * b).sum(-1) / np.where(among > 0, among, math.nan)
 
 def resamples(
     kept:Sequence[Kept], # of one metric, a method each
@@ -200,6 +201,5 @@ def agreement(
 )->Agreement:
     "Tau between published and measured order."
     value = [np.mean([*k.values.values()]) if isinstance(k, ByUnit) else k.whole for k in kept]
-    taus = [kendall(published, column) for column in resamples(kept, n, seed).T]
-    low, high = np.nanquantile(taus, [.025, .975])
-    return Agreement(kendall(published, value), (float(low), float(high)), len(kept))
+    low, high = np.nanquantile(kendall(published, resamples(kept, n, seed).T), [.025, .975])
+    return Agreement(float(kendall(published, value)), (float(low), float(high)), len(kept))

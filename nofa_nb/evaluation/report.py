@@ -124,15 +124,17 @@ def _span(ends:Sequence[float], digits:int)->str: return f"[{ends[0]:+.{digits}f
 
 def claims_block(
     v:Verdict,
+    m:Measured,
 )->Block:
     "What became of the claims."
     rows = []
     for j in v.judged:
         d, c = j.difference, j.claim.column
-        rows.append((words(j.claim), "its numbers" if j.claim.source == "numbers" else f"its words: {j.claim.source}", j.status, f"{d.value:+.{c.digits}f} {_span(d.interval, c.digits)}", str(d.n)))
+        said = "its numbers" if j.claim.source == "numbers" else f"its words: {j.claim.source}"
+        rows.append((words(j.claim), said, heading(*m.way(c), c.name), j.status, f"{d.value:+.{c.digits}f} {_span(d.interval, c.digits)}", str(d.n)))
     counts = ", ".join(f"{v.count(s)} {s}" for s in ("holds", "does not hold", "undecided"))
-    note = f"Of {len(v.judged)} claims {counts}; {v.not_run} more are not run, as one of their rows is not. Differences: better row - worse row on the same units, signed so that above 0 agrees."
-    head = tuple(("", t) for t in ("claim", "said by", "outcome", "difference, 95 %", "n"))
+    note = f"Judged claims: {counts}; not run, as one of their rows or the column is not: {v.not_run}. Differences: better row - worse row on the same units, signed so that above 0 agrees."
+    head = tuple(("", t) for t in ("claim", "said by", "measured as", "outcome", "difference, 95 %", "n"))
     return Block(f"Claims of Table {v.number}", head, tuple(rows), (note,))
 
 def statements_block(
@@ -172,7 +174,7 @@ def provenance_block(
     for (protocol, run), results in m.found.items():
         r, here = results[0], present_weights(m.preset, run)
         weights = _short(r.weights_hash) + (" (as here)" if here else " (weights not here)")
-        rows.append((f"{m.preset}/{protocol}-{run}.json", weights, _short(r.data_hash), _short(r.config_hash), _short(r.commit), r.date, r.device, str(r.seed)))
+        rows.append((f"{m.preset}/{protocol}-{run}.json", weights, _short(r.data_hash), _short(r.config_hash), _short(r.commit.removesuffix("-dirty")) + (" and changes" if r.commit.endswith("-dirty") else ""), r.date, r.device, str(r.seed)))
     head = tuple(("", t) for t in ("file", "weights", "manifest", "settings", "commit", "date", "device", "seed"))
     return Block(f"Where the numbers of Table {m.layout.number} come from", head, tuple(rows))
 
@@ -223,5 +225,5 @@ def report(
     if p.missing: said.append(f"The printed numbers of this table are {p.missing}; its claims are taken from the paper's words.")
     if not m.cells: said.append("Nothing of this table is measured yet.")
     tables = tuple(side_by_side(m, protocol) for protocol in m.layout.protocols)
-    claims = tuple(b for b in (statements_block(v), claims_block(v), orders_block(v), discussion_block(v, folder, preset)) if b is not None)
+    claims = tuple(b for b in (statements_block(v), claims_block(v, m), orders_block(v), discussion_block(v, folder, preset)) if b is not None)
     return Report(f"Table {number} ({preset}): {m.layout.title}", tuple(said), tables, claims, (provenance_block(m),) if m.found else ())
