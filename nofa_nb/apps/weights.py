@@ -122,7 +122,8 @@ def avatar_weights(
     "Weights of the whole model."
     sizes, teacher, stages = run.stage["preset"], run.folder/run.parameters["prior"], {r.parameters["stage"]: r for r in chain(run)}
     known = run.parameters["prior"] and (teacher/INDEX).exists()
-    model = build_avatar_model(_preset_of({"preset": sizes["name"], "config": sizes}), generator=load_generator(teacher) if known else None)
+    switches = {name: run.parameters.get(name, True) for name in ("use_weights", "use_identity")} # of the ablations
+    model = build_avatar_model(_preset_of({"preset": sizes["name"], "config": sizes}), generator=load_generator(teacher) if known else None, **switches)
     unpack_modules(run.found.weights, parts_of(model))
     each = lambda say: {name: say(r) for name, r in stages.items()}
     record = dict(data=each(_learnt_from), recipe=each(lambda r: r.stage["settings"]), time=each(lambda r: facts(r)["time"]),
