@@ -287,7 +287,7 @@ def depth_error(
 class AvatarStage(Stage):
     "A stage that trains parts of the model."
     def __init__(self,
-        stage:object,       # settings: steps, batch, lr, betas, warm_up, end, ema_half_life
+        stage:object,       # settings: steps, batch, lr, betas, warm_up, end, ema_half_life, matrix_lr
         model:AvatarModel,  # trained in place
         data_hash:str,      # of what it learns from
         helpers:Sequence[object]=(), # networks that judge; only modules need a place

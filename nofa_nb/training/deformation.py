@@ -33,7 +33,6 @@ class DeformationStage:
     warm_up:int        = 0         # steps
     end:float          = 1.        # of the rate at the last step, by a cosine; 1: constant
     ema_half_life:float = 10.      # thousand images; as EG3D's
-    matrix_lr:float    = 0.        # Muon's, for matrices, relative to their entries; 0: Adam for all; ours
     precision:str      = "32-true" # or "bf16-mixed": convolutions and linear layers in bfloat16
     loss:DeformationLoss = field(default_factory=DeformationLoss) # Eq. 13
     deformation_gain:float = 1.    # of the rate in the deformation field; ours
