@@ -149,6 +149,8 @@ def test_fine_tuning_fits_the_photo_and_leaves_the_model():
     assert torch.equal(tuned.avatar.alpha, avatar[0].alpha) and not torch.equal(tuned.avatar.planes, avatar[0].planes)
     with pytest.raises(InputError, match="one face"):
         nofa.fine_tune(model, avatar, absolute)
+    with pytest.raises(InputError, match="0 for a generator with super-resolution"):
+        nofa.fine_tune(nofa.build("smoke"), avatar[0], absolute, nofa.Tuning(2, window=8))
     both = model.tune(avatar, absolute, progress=False)
     assert len(both) == 2 and not torch.equal(both.planes[1], avatar.planes[1])
 

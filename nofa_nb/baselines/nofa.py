@@ -6,9 +6,9 @@
 __all__ = ['ENCODERS', 'TUNINGS', 'CodeEncoder', 'CompensationBody', 'CompensationHead', 'Nofa', 'build', 'Tuning', 'Tuned',
            'fine_tune']
 
-# %% ../../nbs/baselines/nofa.ipynb #3b1d2790
+# %% ../../nbs/baselines/nofa.ipynb #ea23f171
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 import math, time
 from types import MappingProxyType
@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from .protocol import Baseline, Driving
 from ..core.config import Preset, preset as preset_named
-from ..core.errors import need, need_shape
+from ..core.errors import need
+from ..core.repro import generator as random_stream
 from ..layers.residual import ResidualConfig, ResidualNetwork
 from ..layers.stylegan import Noises, initial_weights
 from ..models.avatar import Avatar, AvatarModel, Coarse, _options, build_avatar_model
@@ -153,10 +154,12 @@ class Tuning:
     steps:int     = 2000  # at most; ours
     seconds:float = 1200. # at most; about 20 minutes (NOFA++, Sec. 1). 0: as long as the steps take
     lr:float      = 3e-4  # Adam; ours, pivotal tuning's
+    end:float     = 1.    # of the rate at the last step, by a cosine; 1: constant
+    window:int    = 0     # side of what is rendered in a step, pixels, anywhere in the photo; 0: all of it. Only without super-resolution
 
-    def __post_init__(self): need(self.steps >= 1 and self.seconds >= 0 and self.lr > 0, "steps, seconds, lr", "at least 1, 0 or more, above 0", self)
+    def __post_init__(self): need(self.steps >= 1 and min(self.seconds, self.window, self.end) >= 0 and self.lr > 0, "steps, seconds, window, end, lr", "at least 1, 0 or more, above 0", self)
 
-TUNINGS = MappingProxyType({"smoke": Tuning(8, 0., 1e-3), "small": Tuning(60, 0., 1e-3), "base": Tuning(120, 0., 5e-4), "paper": Tuning()})
+TUNINGS = MappingProxyType({"smoke": Tuning(8, 0., 1e-3), "small": Tuning(80, 0., 2e-3, .1, 32), "base": Tuning(120, 0., 5e-4, .1), "paper": Tuning()})
 
 class Tuned(NamedTuple):
     "What fine-tuning gives."
@@ -164,10 +167,14 @@ class Tuned(NamedTuple):
     losses:list[float] # before each step, and after the last
     seconds:float
 
-def _loss(model:Nofa, avatar:Avatar, planes:Tensor, perceptual:Callable)->Tensor:
-    "Eq. 10 on the photo itself."
-    shown = model.render(replace(avatar, planes=planes), avatar.beta, avatar.camera).image
-    return (shown - avatar.image).square().mean() + perceptual(shown, avatar.image).mean()
+def _loss(model:Nofa, avatar:Avatar, planes:Tensor, perceptual:Callable, window:int, step:int)->Tensor:
+    "Eq. 10 on the photo itself, or on a window of it."
+    size, camera, photo, side = avatar.image.shape[-1], avatar.camera, avatar.image, None
+    if window and window < size:
+        x, y = torch.randint(size - window + 1, (2,), generator=random_stream(step, "tuning")).tolist()
+        camera, photo, side = camera.crop(x / size, y / size, window / size), photo[..., y:y + window, x:x + window], window
+    shown = model.render(replace(avatar, planes=planes), avatar.beta, camera, raw_resolution=side).image
+    return (shown - photo).square().mean() + perceptual(shown, photo).mean()
 
 def fine_tune(
     model:Nofa,                 # stays as it is
@@ -178,6 +185,7 @@ def fine_tune(
 )->Tuned:
     "Tune a copy of the backbone and of K until the volume shows the photo."
     need(len(avatar) == 1, "avatar", "of one face", f"{len(avatar)} faces", "tune them one by one")
+    need(not (tuning and tuning.window) or model.generator.superresolution is None, "tuning.window", "0 for a generator with super-resolution", tuning and tuning.window)
     t, avatar, began, losses = tuning or TUNINGS[model.preset.name], avatar.detach(), time.monotonic(), []
     mine = copy.deepcopy(model).eval().requires_grad_(False)
     free = [p for part in (mine.generator.backbone.synthesis, mine.detail, mine.fusion) for p in part.requires_grad_(True).parameters()]
@@ -186,9 +194,10 @@ def fine_tune(
         for step in range(t.steps + 1):
             coarse = mine.coarse(avatar.ws)
             planes = mine.refine(avatar.ws, coarse.feature, coarse.drawn)
-            loss = _loss(mine, avatar, planes, perceptual)
+            loss = _loss(mine, avatar, planes, perceptual, t.window, step)
             losses.append(float(loss.detach()))
             if step == t.steps or (t.seconds and time.monotonic() - began >= t.seconds): break
+            optimiser.param_groups[0]["lr"] = t.lr * (t.end + (1 - t.end) * (1 + math.cos(math.pi * step / t.steps)) / 2)
             for p, g in zip(free, torch.autograd.grad(loss, free, allow_unused=True)): p.grad = g
             optimiser.step()
             bar.update(); bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..baselines.protocol import Driving
-from ..core.errors import need
+from ..core.errors import InputError, need
 from ..core.io import read_json, write_json
 from ..core.repro import bootstrap_interval, rng
 from .metrics import frechet
@@ -109,7 +109,8 @@ def keep_units(
         names = [m for m in scores.metrics(v) if metrics is None or m in set(metrics)]
         found[v] = {m: k for m in names if (k := by_unit(*scores.values(v, m))).values}
         pictures, units = both(v)
-        if len(set(units[0])) >= 2: found[v][features] = left_out(*pictures, units, seed=seed)
+        try: found[v][features] = left_out(*pictures, units, seed=seed)
+        except InputError: pass # too few to leave any out: the results do without it, too
     return found
 
 def write_units(
