@@ -201,6 +201,5 @@ def fine_tune(
             for p, g in zip(free, torch.autograd.grad(loss, free, allow_unused=True)): p.grad = g
             optimiser.step()
             bar.update(); bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
-    tensors = (planes, coarse.planes, coarse.feature, coarse.drawn)
-    names = ("planes", "coarse_planes", "feature", "drawn")
-    return Tuned(replace(avatar, **{k: v.detach() for k, v in zip(names, tensors)}), losses, time.monotonic() - began)
+    found = dict(planes=planes, coarse_planes=coarse.planes, feature=coarse.feature, drawn=coarse.drawn)
+    return Tuned(replace(avatar, **{k: v.detach() for k, v in found.items()}), losses, time.monotonic() - began)
