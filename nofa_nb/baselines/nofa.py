@@ -167,6 +167,7 @@ class Tuned(NamedTuple):
     losses:list[float] # before each step, and after the last
     seconds:float
 
+# %% ../../nbs/baselines/nofa.ipynb #9b66af8a
 def _loss(model:Nofa, avatar:Avatar, planes:Tensor, perceptual:Callable, window:int, step:int)->Tensor:
     "Eq. 10 on the photo itself, or on a window of it."
     size, camera, photo, side = avatar.image.shape[-1], avatar.camera, avatar.image, None
@@ -175,6 +176,11 @@ def _loss(model:Nofa, avatar:Avatar, planes:Tensor, perceptual:Callable, window:
         camera, photo, side = camera.crop(x / size, y / size, window / size), photo[..., y:y + window, x:x + window], window
     shown = model.render(replace(avatar, planes=planes), avatar.beta, camera, raw_resolution=side).image
     return (shown - photo).square().mean() + perceptual(shown, photo).mean()
+
+def _freed(model:Nofa)->tuple[Nofa, list[nn.Parameter]]:
+    "A copy in which only the backbone and K may change, and what that is."
+    mine = copy.deepcopy(model).eval().requires_grad_(False)
+    return mine, [p for part in (mine.generator.backbone.synthesis, mine.detail, mine.fusion) for p in part.requires_grad_(True).parameters()]
 
 def fine_tune(
     model:Nofa,                 # stays as it is
@@ -187,8 +193,7 @@ def fine_tune(
     need(len(avatar) == 1, "avatar", "of one face", f"{len(avatar)} faces", "tune them one by one")
     need(not (tuning and tuning.window) or model.generator.superresolution is None, "tuning.window", "0 for a generator with super-resolution", tuning and tuning.window)
     t, avatar, began, losses = tuning or TUNINGS[model.preset.name], avatar.detach(), time.monotonic(), []
-    mine = copy.deepcopy(model).eval().requires_grad_(False)
-    free = [p for part in (mine.generator.backbone.synthesis, mine.detail, mine.fusion) for p in part.requires_grad_(True).parameters()]
+    mine, free = _freed(model)
     optimiser = torch.optim.Adam(free, lr=t.lr)
     with torch.enable_grad(), tqdm(total=t.steps, desc="fine-tuning", unit="step", delay=1, disable=None if progress else True) as bar:
         for step in range(t.steps + 1):
@@ -201,6 +206,5 @@ def fine_tune(
             for p, g in zip(free, torch.autograd.grad(loss, free, allow_unused=True)): p.grad = g
             optimiser.step()
             bar.update(); bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
-    tensors = (planes, coarse.planes, coarse.feature, coarse.drawn)
-    names = ("planes", "coarse_planes", "feature", "drawn")
-    return Tuned(replace(avatar, **{k: v.detach() for k, v in zip(names, tensors)}), losses, time.monotonic() - began)
+    found = dict(planes=planes, coarse_planes=coarse.planes, feature=coarse.feature, drawn=coarse.drawn)
+    return Tuned(replace(avatar, **found).detach(), losses, time.monotonic() - began)
