@@ -164,6 +164,15 @@ def test_results_of_something_else_are_refused_by_name(results, change, what):
         report.report(1, "toy", results)
 
 
+def test_a_commit_with_changes_is_told_from_the_commit(results):
+    long = "5" * 40
+    for protocol in ("self", "cross"):
+        for run in RUNS:
+            write(results, protocol, run, commit=long + "-dirty" * ((protocol, run) == ("self", "nofa")))
+    with pytest.raises(InputError, match="self-nofa.json must be 555555555555..., .* got 555555555555...-dirty"):
+        report.report(1, "toy", results)
+
+
 def test_a_commit_that_is_asked_for_is_held(results):
     report.report(3, "toy", results, commit="c0ffee")
     with pytest.raises(InputError, match="commit of toy/self-no-hybrid.json must be other"):
@@ -449,7 +458,7 @@ def test_plans_and_ablations_fit_notebooks_and_tables():
 @pytest.mark.skipif(shutil.which("snakemake") is None and not (Path(sys.executable).parent / "snakemake").exists(),
                     reason="Snakemake is not installed")
 def test_what_is_missing_is_planned_and_nothing_else(tmp_path):
-    "One result and one table are missing: one measurement, one table, the check."
+    "One result is missing: one measurement, one table, and the look over all."
     results, out = tmp_path / "results", tmp_path / "out"
     plan = literal("workflow/tables.smk", "T_RUNS")
     files = {f"{p}-{r}.json" for rows in plan.values() for p, r in rows}
@@ -469,6 +478,6 @@ def test_what_is_missing_is_planned_and_nothing_else(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     text = done.stdout + done.stderr
-    counts = dict(re.findall(r"^(evaluate|table|check|tables) +(\d+)$", text, re.M))
-    assert counts == {"evaluate": "1", "table": "1", "check": "1", "tables": "1"}, text[-2000:]
+    counts = dict(re.findall(r"^(evaluate|table|tables) +(\d+)$", text, re.M))
+    assert counts == {"evaluate": "1", "table": "1", "tables": "1"}, text[-2000:]
     assert "self-no-hybrid.json" in text

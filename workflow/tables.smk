@@ -9,7 +9,7 @@
 # A result that is there is not measured again: one that is deleted is, and nothing else. Scores of trials are kept in
 # out/evaluate, which is no declared output, so a job that was killed goes on from its last trial. Weights are no inputs
 # either (after a checkout their times mean nothing): what belongs to other weights, another manifest or another commit
-# is refused by `check`, which runs every time, and by the tables themselves, with a sentence that says which.
+# is refused by workflow/check.py, which runs every time, and by the tables themselves, with a sentence that says which.
 #
 # Slurm (snakemake-executor-plugin-slurm, this folder on a file system that all nodes share):
 #   snakemake -s workflow/tables.smk --executor slurm --jobs 6 --config preset=base -- tables
@@ -40,10 +40,11 @@ def given(protocol):
     return " ".join(f"-p {k} '{v}'" for k, v in T_PLAN[protocol].items())
 
 
-rule tables:
+rule tables:  # has no output, so it is done every time: is it all there, and does it still belong together?
     input:
-        f"{T_OUT}/{T_PRESET}/.checked",
+        sorted({path for n in T_RUNS for path in results_of(n)}),
         expand(f"{T_OUT}/{T_PRESET}/table{{n}}.html", n=list(T_RUNS)),
+    shell: "{sys.executable} workflow/check.py {T_PRESET} '{T_RESULTS}'"
 
 
 rule evaluate:
@@ -58,12 +59,6 @@ rule evaluate:
         "mkdir -p {T_OUT}/{T_PRESET} && env OMP_NUM_THREADS={threads} {T_PAPERMILL} nbs/runs/evaluate.ipynb {params.notebook}"
         " -p run {wildcards.run} -p protocol {wildcards.protocol} -p preset {T_PRESET} -p results '{T_RESULTS}' {params.given}"
         " --log-output --no-progress-bar"
-
-
-rule check:
-    input: sorted({path for n in T_RUNS for path in results_of(n)})
-    output: temp(touch(f"{T_OUT}/{T_PRESET}/.checked"))  # temporary: it is wanted again the next time
-    shell: "{sys.executable} workflow/check.py {T_PRESET} '{T_RESULTS}'"
 
 
 rule table:

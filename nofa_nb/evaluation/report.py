@@ -174,7 +174,7 @@ def provenance_block(
     for (protocol, run), results in m.found.items():
         r, here = results[0], present_weights(m.preset, run)
         weights = _short(r.weights_hash) + (" (as here)" if here else " (weights not here)")
-        rows.append((f"{m.preset}/{protocol}-{run}.json", weights, _short(r.data_hash), _short(r.config_hash), _short(r.commit.removesuffix("-dirty")) + (" and changes" if r.commit.endswith("-dirty") else ""), r.date, r.device, str(r.seed)))
+        rows.append((f"{m.preset}/{protocol}-{run}.json", weights, _short(r.data_hash), _short(r.config_hash), _short(r.commit), r.date, r.device, str(r.seed)))
     head = tuple(("", t) for t in ("file", "weights", "manifest", "settings", "commit", "date", "device", "seed"))
     return Block(f"Where the numbers of Table {m.layout.number} come from", head, tuple(rows))
 

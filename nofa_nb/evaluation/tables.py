@@ -173,7 +173,7 @@ def present_weights(
         need(hash_file(path) == entry["sha256"], f"weights {path}", "as they were when they were written", "a changed file", "restore it, or train and measure again")
     return record["tensors_hash"]
 
-def _short(text:str)->str: return text if len(text) <= 15 else text[:12] + "..."
+def _short(text:str)->str: return text if len(text) <= 15 else text[:12] + "..." + "-dirty" * text.endswith("-dirty")
 
 def check_provenance(
     found:Mapping[tuple[str, str], Sequence[Result]], # by protocol and run
