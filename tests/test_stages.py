@@ -210,6 +210,15 @@ def test_gain_is_the_deformations_alone(pairs, videos):
     assert {*mine["params"]} == {*stage.model.deformation.parameters()} and mine["lr"] == 5 * others["lr"]
 
 
+def test_muon_is_for_matrices_of_the_deformation_alone(pairs, videos):
+    wide = override(FLAT, "deformation.deform_width=32")
+    stage = stages("deformation", build_avatar_model(wide), pairs, videos, matrix_lr=.02, deformation_gain=5.)
+    others, *mine = stage.optimisers()["model"].param_groups
+    found = [p for group in mine for p in group["params"]]
+    assert {*found} == {*stage.model.deformation.parameters()} and len(found) == len({*found})
+    assert any(group["matrices"] for group in mine) and not others["matrices"] and mine[-1]["lr"] == 5 * others["lr"]
+
+
 def test_the_whole_picture_has_all_terms_and_a_window_one_part(pairs, videos):
     stage = stages("deformation", build_avatar_model(FLAT, seed=1), pairs, videos, window=8, whole_every=2, w_shape=0.)
     told = []

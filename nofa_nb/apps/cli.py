@@ -170,7 +170,8 @@ def execute(
     return out/"report.html"
 
 # %% ../../nbs/apps/cli.ipynb #a23400b4
-DEMO = dict(size=128, clip_size=256, seconds=0, timed=4, faces=6, # pixels, pixels, 0: as long as the text, people, people
+DEMO = dict(size=128, clip_size=256, seconds=0, # pixels, pixels, 0: as long as the text
+            timed=4, faces=6, film=4., adapt=60., film_size=256,
             text="Hello! I am not a real person. Both my face and my voice were made from numbers.")
 
 def demo_arguments(parser:argparse.ArgumentParser)->None:
