@@ -210,13 +210,22 @@ def test_gain_is_the_deformations_alone(pairs, videos):
     assert {*mine["params"]} == {*stage.model.deformation.parameters()} and mine["lr"] == 5 * others["lr"]
 
 
-def test_muon_is_for_matrices_of_the_deformation_alone(pairs, videos):
+def test_muons_rate_has_the_deformations_gain_too(pairs, videos):
     wide = override(FLAT, "deformation.deform_width=32")
-    stage = stages("deformation", build_avatar_model(wide), pairs, videos, matrix_lr=.02, deformation_gain=5.)
-    others, *mine = stage.optimisers()["model"].param_groups
-    found = [p for group in mine for p in group["params"]]
-    assert {*found} == {*stage.model.deformation.parameters()} and len(found) == len({*found})
-    assert any(group["matrices"] for group in mine) and not others["matrices"] and mine[-1]["lr"] == 5 * others["lr"]
+    groups = {k: stages("deformation", build_avatar_model(wide), pairs, videos, matrix_lr=.01, deformation_gain=k).optimisers()["model"].param_groups
+              for k in (1., 5.)}
+    mine = {*stages("deformation", build_avatar_model(wide), pairs, videos).model.deformation.parameters()}
+    of_field = len([*mine])
+    for one, five in zip(groups[1.], groups[5.]):
+        assert one["matrices"] == five["matrices"] and five["lr"] / one["lr"] in (pytest.approx(1), pytest.approx(5))
+    grown = [g for one, g in zip(groups[1.], groups[5.]) if g["lr"] > 2 * one["lr"]]
+    assert sum(len(g["params"]) for g in grown) == of_field and any(g["matrices"] for g in grown)
+
+
+def test_shape_alone_has_a_cosine_of_its_own(pairs, videos):
+    stage = stages("deformation", build_avatar_model(FLAT), pairs, videos, steps=40, shape_only=.5, end=.1, warm_up=0)
+    rates = [stage.rate("model", k) for k in range(40)]
+    assert rates[:20] == rates[20:] and rates[0] == 1 and rates[19] < .12 and sorted(rates[:20], reverse=True) == rates[:20]
 
 
 def test_the_whole_picture_has_all_terms_and_a_window_one_part(pairs, videos):

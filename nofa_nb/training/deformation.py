@@ -20,6 +20,7 @@ from ..geometry.morphable import MorphableModel
 from ..models.avatar import AvatarModel
 from ..models.deformation import DeformationField
 from .common import VideoStage, parts_of, psnr, rebuild
+from .loop import cosine, warm_up
 from .losses import DeformationLoss, Perceptual
 from .muon import Muon, matrix_groups
 
@@ -32,12 +33,12 @@ class DeformationStage:
     lr:float           = 2e-5      # Adam; Sec. 4.1
     betas:tuple[float, float] = (.9, .999) # Adam's own; the paper names none
     warm_up:int        = 0         # steps
-    end:float          = 1.        # of the rate at the last step, by a cosine; 1: constant
+    end:float          = 1.        # of the rate at the last step, by a cosine; 1: constant; `shape_only` has a cosine of its own
     ema_half_life:float = 10.      # thousand images; as EG3D's
     precision:str      = "32-true" # or "bf16-mixed": convolutions and linear layers in bfloat16
     loss:DeformationLoss = field(default_factory=DeformationLoss) # Eq. 13
     deformation_gain:float = 1.    # of the rate in the deformation field; ours
-    matrix_lr:float    = 0.        # Muon's, for the deformation field's matrices, relative to their entries; 0: Adam for all; ours
+    matrix_lr:float    = 0.        # Muon's, for matrices, relative to their entries; 0: Adam for all; ours
     apart:int          = 8         # held frames between source and target, at least; ours
     through:bool       = True      # gradients through the coarse picture that the residual is taken from
     window:int         = 0         # side of what is rendered, pixels; 0: whole pictures; ours
@@ -54,7 +55,7 @@ class DeformationStage:
 
 STAGES = MappingProxyType({
     "smoke": DeformationStage(steps=20, batch=2, lr=1e-3, warm_up=2, ema_half_life=.01, apart=2, w_shape=1., shape_only=.5, identity_size=0), # seconds
-    "small": DeformationStage(steps=8000, batch=4, precision="bf16-mixed", lr=4e-4, warm_up=200, end=.05, ema_half_life=2., deformation_gain=2.5, matrix_lr=.02, apart=4,
+    "small": DeformationStage(steps=8000, batch=4, precision="bf16-mixed", lr=2e-4, warm_up=100, end=.02, ema_half_life=2., deformation_gain=2., matrix_lr=.01, apart=4,
         through=False, window=32, whole_every=16, w_shape=1., shape_only=.75, identity_size=0), # half an hour on two cores
     "base": DeformationStage(steps=60_000, batch=8, lr=1e-4, warm_up=500, end=.05, ema_half_life=5., deformation_gain=5., apart=4, w_shape=1., shape_only=.1,
         identity_size=0),
@@ -122,9 +123,15 @@ class Deformation(VideoStage):
 
     def optimisers(self):
         s, parts = self.stage, parts_of(self.model)
-        mine, others = parts.pop("deformation"), [p for part in parts.values() for p in part.parameters()]
-        if s.matrix_lr: return {"model": Muon([{"params": others}, *matrix_groups(mine.named_parameters(), s.matrix_lr, s.lr * s.deformation_gain)], s.lr, s.betas)}
-        return {"model": torch.optim.Adam([{"params": others}, {"params": list(mine.parameters()), "lr": s.lr * s.deformation_gain}], lr=s.lr, betas=s.betas)}
+        mine = list(parts.pop("deformation").named_parameters())
+        others = [named for part in parts.values() for named in part.named_parameters()]
+        groups = [g for held, gain in ((others, 1.), (mine, s.deformation_gain)) for g in matrix_groups(held, s.matrix_lr * gain, s.lr * gain)]
+        return {"model": Muon(groups, s.lr, s.betas) if s.matrix_lr else torch.optim.Adam([{k: g[k] for k in ("params", "lr")} for g in groups], s.lr, s.betas)}
+
+    def rate(self, optimiser, step):
+        s, alone = self.stage, round(self.stage.shape_only * self.stage.steps)
+        at, of = (step, alone) if step < alone else (step - alone, s.steps - alone)
+        return warm_up(at, s.warm_up) * cosine(at, of, s.end)
 
     def data(self, samples, seed): return self.video_data(samples, seed, samples.start // self.stage.batch)
 
