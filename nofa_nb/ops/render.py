@@ -172,7 +172,8 @@ def _operators(device:torch.device): # the same names and arguments on both
     return torch.ops.nofa_nb_cuda if device.type == "cuda" else torch.ops.nofa_nb
 
 def _ascending(depths:Tensor, fused:bool)->bool: # the operator looks itself: PyTorch's threads, once woken, keep the cores busy for milliseconds
-    if fused and depths.device.type == "cpu": return torch.ops.nofa_nb.ascending(_dense(depths))
+    ops = _operators(depths.device)
+    if fused and hasattr(ops, "ascending"): return ops.ascending(_dense(depths)) # the CPU's has it
     return bool((depths[..., 1:] >= depths[..., :-1]).all())
 
 def fused_fault(
