@@ -204,6 +204,32 @@ def test_strides_and_packed_planes_change_nothing(fused):
             assert torch.equal(a, b)
 
 
+def test_planes_through_the_first_layer_are_the_same(fused):
+    "With many samples the planes go through the decoder's first matrix, with few the samples do."
+    arguments = single(scene(17, batch=1, number=150, channels=16, size=(24, 24), widths=(32, 5), samples=20, fine=20))
+    rays = ("origins", "directions", "depths", "numbers")
+    for instructions in fused:
+        options = dict(backend="fused", instructions=instructions)
+        whole = render_triplane(**arguments, **options)
+        parts = zip(*(render_triplane(**arguments | {k: arguments[k][:, i:i + 15] for k in rays}, **options)
+                      for i in range(0, 150, 15)))
+        parts = [torch.cat(p, 1) for p in parts]
+        assert not torch.equal(whole.features, parts[0])  # the order of the sums differs
+        close(whole, parts)
+
+
+@pytest.mark.parametrize("white", [False, True])
+def test_what_a_surface_hides_changes_nothing(fused, white):
+    arguments = scene(18, number=40, channels=16, widths=(32, 20), samples=30, fine=20, box=2.0)
+    arguments["weights"][-1][0] *= 40
+    truth = render_triplane_ref(**arguments, white_back=white)
+    own = apart(render_triplane_ref(**single(arguments), white_back=white), truth)
+    for instructions in fused:
+        seen = render_triplane(**single(arguments), white_back=white, backend="fused", instructions=instructions)
+        for error, mine, limit in zip(apart(seen, truth), own, (FEATURES, DEPTH, FEATURES)):
+            assert error <= limit + 3 * mine
+
+
 # ---- gradients
 
 def gradients(arguments, **options):

@@ -32,6 +32,8 @@ int64_t infinite(const Tensors& tensors) {
   return -1;
 }
 
+bool ascending(const Tensor& depths) { return nofa::ascending(data(depths), depths.size(0) * depths.size(1), depths.size(2)); }
+
 Tensors forward(const Tensor& planes, int64_t channels, const Tensors& weights, const Tensors& biases, const Tensor& origins,
                 const Tensor& directions, const Tensor& depths, const Optional& numbers, const Optional& offsets, at::IntArrayRef axes,
                 double box, bool white, bool keep, const std::string& set, int64_t threads) {
@@ -76,6 +78,7 @@ TORCH_LIBRARY(nofa_nb, m) {
   m.def("instruction_set(str name) -> str", &best);
   m.def("pack(Tensor planes, str set, int threads) -> (Tensor, bool)", &pack);
   m.def("infinite(Tensor[] tensors) -> int", &infinite);
+  m.def("ascending(Tensor depths) -> bool", &ascending);
   m.def("forward", &forward);
   m.def("backward", &backward);
 }

@@ -59,9 +59,14 @@ INLINE void find_taps(const Scene& s, int plane, const Positions& at, Taps& taps
 }
 
 template <int V>
-INLINE void gather_channels(const float* planes, int padded, const Taps& taps, int first, float* out) {
+INLINE void gather_channels(const float* planes, int padded, const Taps& taps, int first, const float* base, float* out) {
   for (int i = 0; i < kGroup; i++) {
-    vf total[V] = {};
+    int later = i + 3 < kGroup ? i + 3 : i;  // whose pixels are asked for now
+#pragma GCC unroll 12
+    for (int tap = 0; tap < kTaps; tap++) __builtin_prefetch(planes + taps.at[tap][later] + first);
+    vf total[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) total[v] = base ? load(base + first + v * LANES) : vf{};
 #pragma GCC unroll 12
     for (int tap = 0; tap < kTaps; tap++) {
       const float* pixel = planes + taps.at[tap][i] + first;
@@ -74,12 +79,12 @@ INLINE void gather_channels(const float* planes, int padded, const Taps& taps, i
   }
 }
 
-// Mean of the three planes, (sample, padded).
-INLINE void gather(const float* planes, int padded, const Taps& taps, float* out) {
+// Mean of the three planes, and a base where there is one: (sample, padded).
+INLINE void gather(const float* planes, int padded, const Taps& taps, const float* base, float* out) {
   int c = 0;
-  for (; c + 4 * LANES <= padded; c += 4 * LANES) gather_channels<4>(planes, padded, taps, c, out);
-  for (; c + 2 * LANES <= padded; c += 2 * LANES) gather_channels<2>(planes, padded, taps, c, out);
-  for (; c < padded; c += LANES) gather_channels<1>(planes, padded, taps, c, out);
+  for (; c + 4 * LANES <= padded; c += 4 * LANES) gather_channels<4>(planes, padded, taps, c, base, out);
+  for (; c + 2 * LANES <= padded; c += 2 * LANES) gather_channels<2>(planes, padded, taps, c, base, out);
+  for (; c < padded; c += LANES) gather_channels<1>(planes, padded, taps, c, base, out);
 }
 
 // ---- offsets: a lattice of vectors over the same cube, corner to corner; points outside the cube stay

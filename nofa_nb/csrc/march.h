@@ -96,30 +96,6 @@ INLINE float depth_of(const March& m, int n, float total) {
 // EG3D's colours reach a little over [0, 1].
 constexpr float kStretch = 1.002f, kShift = 0.001f;
 
-INLINE vf first_lanes(vf x, int n) { return lane_numbers() < n ? x : vf{}; }
-
-// Sums of n numbers weighted by shares, for `count` rows of x; what lies behind the numbers must be finite and does not
-// count. The sums over lanes are taken for LANES rows at once, by turning the block they form.
-INLINE void weighted(const float* shares, const float* x, int64_t stride, int n, int count, float* out) {
-  float block[LANES * LANES];
-  for (int first = 0; first < count; first += LANES) {
-    int rows = count - first < LANES ? count - first : LANES;
-    for (int row = 0; row < rows; row++) {
-      const float* at = x + (first + row) * stride;
-      vf total = {};
-      int i = 0;
-      for (; i + LANES <= n; i += LANES) total += load(shares + i) * load(at + i);
-      if (i < n) total += first_lanes(load(shares + i), n - i) * load(at + i);
-      store(block + row * LANES, total);
-    }
-    transpose(block, LANES, block, LANES);
-    vf total = load(block);
-    for (int lane = 1; lane < LANES; lane++) total += load(block + lane * LANES);
-    store(block, total);
-    for (int row = 0; row < rows; row++) out[first + row] += block[row];
-  }
-}
-
 // Gradients of the sums to the samples: `out` holds their features and densities (rows of `stride`), `to` gets the
 // gradients of the features before the sigmoid and of the densities; up to LANES - 1 numbers behind them are spoilt.
 // Given are gradients of features (of colours in [0, 1]), depth and weights' sum.

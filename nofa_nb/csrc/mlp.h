@@ -118,27 +118,32 @@ INLINE void row_sums(const float* g, int64_t gs, int out, int count, float* bias
   }
 }
 
-// ---- the decoder's numbers in one array: for each layer the packed matrix, its packed transpose, the bias
+// ---- the decoder's numbers in one array: for each layer what backward reads (the packed matrix, its packed transpose, the
+// bias) and what forward reads (the matrix by bands, the bias filled up with zeros); then the row of the density, filled up
 
 struct Net {
   const float *forward[kMaxLayers], *backward[kMaxLayers], *bias[kMaxLayers];
+  const float *bands[kMaxLayers], *base[kMaxLayers], *density, *curve;
+  int64_t size;
 };
 
-INLINE int64_t net_size(const Scene& s) {
-  int64_t n = 0;
-  for (int l = 0; l < s.layers; l++) n += (2 * s.sizes[l] + 1) * s.sizes[l + 1];
-  return n;
-}
+INLINE int outputs(const Scene& s, int l) { return l + 1 < s.layers ? s.sizes[l + 1] : s.features(); }
 
 INLINE Net net_of(const Scene& s, const float* at) {
   Net net;
+  Cutter cut = {const_cast<float*>(at), 0};
   for (int l = 0; l < s.layers; l++) {
-    int64_t size = (int64_t)s.sizes[l] * s.sizes[l + 1];
-    net.forward[l] = at, net.backward[l] = at + size, net.bias[l] = at + 2 * size;
-    at += 2 * size + s.sizes[l + 1];
+    int64_t size = (int64_t)s.sizes[l] * s.sizes[l + 1], wide = up(outputs(s, l), LANES);
+    net.forward[l] = cut.take(size), net.backward[l] = cut.take(size), net.bias[l] = cut.take(s.sizes[l + 1]);
+    net.bands[l] = cut.take(s.sizes[l] * wide), net.base[l] = cut.take(wide);
   }
+  net.density = cut.take(up(s.sizes[s.layers - 1], LANES));
+  net.curve = cut.take(kTerms * kPieces);
+  net.size = cut.used;
   return net;
 }
+
+static int64_t net_size(const Scene& s) { return net_of(s, nullptr).size; }
 
 // The density moves from the first row of the last layer to its end: the features then fill whole tiles.
 INLINE int row_of(const Scene& s, int l, int row) { return l + 1 < s.layers ? row : row ? row - 1 : s.features(); }
@@ -153,11 +158,15 @@ static void pack_net(const Scene& s, float* at) {
       for (int i = 0; i < in; i++) ordered[to * in + i] = s.weight[l][row * in + i];
       bias[to] = s.bias[l][row];
     }
-    int first = l + 1 < s.layers ? out : s.features();  // the density has a tile of its own
+    int first = outputs(s, l);  // the density has a tile of its own
     float* forward = const_cast<float*>(net.forward[l]);
     pack_matrix(ordered, first, in, in, 1, forward);
     pack_matrix(ordered + first * in, out - first, in, in, 1, forward + first * in);
     pack_matrix(ordered, in, out, 1, in, const_cast<float*>(net.backward[l]));
+    pack_rows(ordered, first, in, const_cast<float*>(net.bands[l]));
+    for (int row = 0; row < first; row++) const_cast<float*>(net.base[l])[row] = bias[row];
+    for (int i = 0; first < out && i < in; i++) const_cast<float*>(net.density)[i] = ordered[first * in + i];
     __builtin_free(ordered);
   }
+  fit_curve(const_cast<float*>(net.curve));
 }

@@ -9,7 +9,7 @@
 #endif
 #define LANES 16
 #define SET avx512
-#define NOFA_RCP14
+#define NOFA_AVX512
 #include "render_kernel.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -20,6 +20,8 @@ struct Kernels {
   int lanes;
   int64_t (*pack_size)(const Scene&);
   void (*pack)(const Scene&, float* net);
+  // Pixels `first` to `last` of all planes through the decoder's first matrix, (pixels, outputs rounded up).
+  void (*ahead)(const Scene&, const float* net, int64_t first, int64_t last, float* to);
   int64_t (*forward_scratch)(const Scene&, int rays);
   void (*forward)(const Scene&, const float* net, int64_t first, int rays, const Seen&, float* scratch);
   int64_t (*backward_scratch)(const Scene&, int rays);
@@ -47,6 +49,7 @@ const Kernels* find_kernels(const char* name);
 
 bool pack_planes(const Kernels&, const float* from, int64_t planes, int channels, int padded, int64_t pixels, float* to, int threads);
 void unpack_planes(const Kernels&, const float* from, int64_t planes, int channels, int padded, int64_t pixels, float* to, int threads);
+bool ascending(const float* x, int64_t rows, int n);  // in each row of n
 bool all_finite(const float* x, int64_t n);
 void render(const Kernels&, const Scene&, const Seen&, int threads);
 void render_back(const Kernels&, const Scene&, Gradients, const Gathered&, bool points, int threads);

@@ -5,9 +5,6 @@ namespace nofa {
 namespace SET {
 
 #include "vec.h"
-#include "gather.h"
-#include "mlp.h"
-#include "march.h"
 
 // Cuts a thread's scratch into arrays that begin on cache lines; without scratch it only counts.
 struct Cutter {
@@ -19,6 +16,11 @@ struct Cutter {
     return taken;
   }
 };
+
+#include "gather.h"
+#include "rows.h"
+#include "mlp.h"
+#include "march.h"
 
 // Length of a row of samples: whole groups, one line that may be read too far, and an odd number of lines, so that rows spread over the cache's sets.
 INLINE int64_t row_length(int64_t samples) { return (((up(samples, kGroup) + 15) / 16 + 1) | 1) * 16; }
@@ -41,13 +43,13 @@ struct Block {
   const float* depth;
 };
 
-// The looked-up features of the group from sample `from` on: (sample, channel) to `across`, (channel, sample) to `x`.
+// For backward: the looked-up features of the group from sample `from` on, (sample, channel) to `across`, (channel, sample) to `x`.
 INLINE void look_up(const Scene& s, const Block& b, int from, Taps& taps, float* across, float* x, int64_t xs) {
   Positions p;
   place(s, b.first, b.samples, b.count, b.depth, from, p);
   move(s, b.picture, p);
   for (int plane = 0; plane < kPlanes; plane++) find_taps(s, plane, p, taps);
-  gather(planes_of(s, b.picture), s.padded, taps, across);
+  gather(planes_of(s, b.picture), s.padded, taps, nullptr, across);
   for (int i = 0; i < kGroup; i += LANES)
     for (int c = 0; c < s.padded; c += LANES) transpose(across + i * s.padded + c, s.padded, x + c * xs + i, xs);
 }
@@ -64,62 +66,85 @@ INLINE void decode(const Scene& s, const Net& net, const float* x, float* const*
   layer<End::linear>(net.forward[l] + (int64_t)f * in, net.bias[l] + f, in, 1, x, is, out + f * os, os);
 }
 
+// ---- forward
+
 struct Work {
   Taps* taps;
-  float *across, *x;  // (sample, channel), (channel, sample)
-  float* hidden[2];
+  float* x[kMaxLayers - 1];  // what layers take, (sample, channel); the last layer's is kept
 };
 
-INLINE Work forward_work(const Scene& s, Cutter& cut) {
-  Work w;
-  w.taps = (Taps*)cut.take(sizeof(Taps) / sizeof(float));
-  w.across = cut.take(kGroup * s.padded);
-  w.x = cut.take(kGroup * s.padded);
-  for (float*& h : w.hidden) h = cut.take(kGroup * widest(s));
-  return w;
-}
+INLINE int64_t inputs(const Scene& s, int l) { return up(s.sizes[l], LANES); }
 
-// Features and, in the last row, densities of all samples: (1 + features, stride).
-static void evaluate(const Scene& s, const Net& net, const Block& b, Work& w, float* out, int64_t stride) {
+// Densities of all samples, and what the last layer takes: (sample, channel).
+static void evaluate(const Scene& s, const Net& net, const Block& b, Work& w, float* rows, float* density) {
+  int last = s.layers - 1;
+  Positions p;
   for (int from = 0; from < b.count; from += kGroup) {
-    look_up(s, b, from, *w.taps, w.across, w.x, kGroup);
-    decode(s, net, w.x, w.hidden, kGroup, out + from, stride, kGroup);
+    place(s, b.first, b.samples, b.count, b.depth, from, p);
+    move(s, b.picture, p);
+    for (int plane = 0; plane < kPlanes; plane++) find_taps(s, plane, p, *w.taps);
+    float* kept = rows + from * inputs(s, last);
+    auto at = [&](int l) { return l == last ? kept : w.x[l]; };
+    int l = s.ahead;
+    gather(planes_of(s, b.picture), s.padded, *w.taps, s.ahead ? net.base[0] : nullptr, at(l));
+    if (s.ahead) activate(at(l), kGroup * inputs(s, l), net.curve);
+    for (; l < last; l++) {
+      through(net.bands[l], net.base[l], s.sizes[l], s.sizes[l + 1], at(l), inputs(s, l), at(l + 1), inputs(s, l + 1), kGroup);
+      activate(at(l + 1), kGroup * inputs(s, l + 1), net.curve);
+    }
+    for (int i = 0; i < kGroup; i += LANES)
+      store(density + from + i, dots(kept + i * inputs(s, last), inputs(s, last), net.density) + net.bias[last][s.features()]);
   }
 }
 
-// ---- forward
+static void ahead(const Scene& s, const float* packed, int64_t first, int64_t last, float* to) {
+  Net net = net_of(s, packed);
+  int64_t wide = up(outputs(s, 0), LANES);
+  through(net.bands[0], nullptr, s.sizes[0], outputs(s, 0), s.planes + first * s.padded, s.padded, to + first * wide, wide, last - first);
+}
 
 INLINE void copy(float* to, const float* from, int64_t n) { __builtin_memcpy(to, from, n * sizeof(float)); }
 
-INLINE void write_ray(const Scene& s, int64_t ray, March& m, const float* coarse, const float* fine, int64_t cs, int64_t fs, const Seen& seen) {
-  int n = s.samples(), f = s.features();
+constexpr float kCounts = 1e-9f;  // shares below it change no feature by more than 2e-9: those samples need no colour
+
+struct ForwardRoom {
+  int64_t width;  // of a row
+  float *coarse_depth, *fine_depth, *coarse_rows, *fine_rows, *coarse_density, *fine_density, *march, *numbers, *total, *edge, *seen, *share;
+  const float** row;
+  Work work;
+  ForwardRoom(const Scene& s, int rays, Cutter& cut) {
+    int64_t coarse = up((int64_t)rays * s.coarse, kGroup), fine = up((int64_t)rays * s.fine, kGroup), samples = s.samples() + kTall;
+    width = inputs(s, s.layers - 1);
+    coarse_depth = cut.take(coarse), fine_depth = cut.take(fine);
+    coarse_rows = cut.take(coarse * width), fine_rows = cut.take(fine * width);
+    coarse_density = cut.take(coarse), fine_density = cut.take(fine);
+    march = cut.take(March::kArrays * March::room(s.samples()));
+    numbers = cut.take(March::room(s.samples())), total = cut.take(March::room(s.samples())), edge = cut.take(March::room(s.samples()));
+    seen = cut.take(up(s.features(), LANES)), share = cut.take(samples);
+    row = (const float**)cut.take(samples * (sizeof(float*) / sizeof(float)));
+    work.taps = (Taps*)cut.take(sizeof(Taps) / sizeof(float));
+    for (int l = 0; l < kMaxLayers - 1; l++) work.x[l] = cut.take(l + 1 < s.layers ? kGroup * inputs(s, l) : 0);
+  }
+};
+
+INLINE void write_ray(const Scene& s, const Net& net, int64_t ray, March& m, const ForwardRoom& room, const float* coarse, const float* fine, const Seen& seen) {
+  int n = s.samples(), f = s.features(), l = s.layers - 1, used = 0;
   float total = find_shares(m, n), shift = 0;
-  for (int i = 0; i < n; i++) shift += m.shares[i];
-  float* out = seen.features + ray * f;
-  for (int c = 0; c < f; c++) out[c] = 0;
-  weighted(m.shares, coarse, cs, s.coarse, f, out);
-  weighted(m.shares + s.coarse, fine, fs, s.fine, f, out);
+  for (int i = 0; i < n; i++)
+    if (m.shares[i] > kCounts) {
+      room.row[used] = i < s.coarse ? coarse + i * room.width : fine + (i - s.coarse) * room.width;
+      room.share[used++] = m.shares[i];
+      shift += m.shares[i];
+    }
+  for (; used % kTall; used++) room.row[used] = coarse, room.share[used] = 0;
+  shade(net.bands[l], net.base[l], s.sizes[l], f, room.row, room.share, used, room.seen);
   for (int c = 0; c < f; c++) {
-    float value = kStretch * out[c] - kShift * shift + (s.white ? 1.f - total : 0.f);
-    out[c] = value * 2.f - 1.f;
+    float value = kStretch * room.seen[c] - kShift * shift + (s.white ? 1.f - total : 0.f);
+    seen.features[ray * f + c] = value * 2.f - 1.f;
   }
   seen.depth[ray] = depth_of(m, n, total);
   seen.weight[ray] = total;
 }
-
-struct ForwardRoom {
-  int64_t coarse, fine;  // lengths of rows
-  float *coarse_depth, *fine_depth, *coarse_out, *fine_out, *march, *numbers, *total, *edge;
-  Work work;
-  ForwardRoom(const Scene& s, int rays, Cutter& cut) {
-    coarse = row_length((int64_t)rays * s.coarse), fine = row_length((int64_t)rays * s.fine);
-    coarse_depth = cut.take(coarse), fine_depth = cut.take(fine);
-    coarse_out = cut.take((s.features() + 1) * coarse + LANES), fine_out = cut.take((s.features() + 1) * fine + LANES);
-    march = cut.take(March::kArrays * March::room(s.samples()));
-    numbers = cut.take(March::room(s.samples())), total = cut.take(March::room(s.samples())), edge = cut.take(March::room(s.samples()));
-    work = forward_work(s, cut);
-  }
-};
 
 static int64_t forward_scratch(const Scene& s, int rays) {
   Cutter cut = {nullptr, 0};
@@ -140,22 +165,20 @@ static void forward(const Scene& s, const float* packed, int64_t first, int rays
   ForwardRoom room(s, rays, cut);
   March m(room.march, s.samples());
   Net net = net_of(s, packed);
-  int64_t picture = first / s.rays, dense = (int64_t)s.features();
+  int64_t picture = first / s.rays;
   copy(room.coarse_depth, s.depths + first * s.coarse, (int64_t)rays * s.coarse);
-  evaluate(s, net, {picture, first, s.coarse, rays * s.coarse, room.coarse_depth}, room.work, room.coarse_out, room.coarse);
+  evaluate(s, net, {picture, first, s.coarse, rays * s.coarse, room.coarse_depth}, room.work, room.coarse_rows, room.coarse_density);
   if (s.fine) {
-    for (int r = 0; r < rays; r++)
-      fine_depths(s, first + r, m, room, room.coarse_out + dense * room.coarse + r * s.coarse, room.fine_depth + r * s.fine);
-    evaluate(s, net, {picture, first, s.fine, rays * s.fine, room.fine_depth}, room.work, room.fine_out, room.fine);
+    for (int r = 0; r < rays; r++) fine_depths(s, first + r, m, room, room.coarse_density + r * s.coarse, room.fine_depth + r * s.fine);
+    evaluate(s, net, {picture, first, s.fine, rays * s.fine, room.fine_depth}, room.work, room.fine_rows, room.fine_density);
     if (seen.fine) copy(seen.fine + first * s.fine, room.fine_depth, (int64_t)rays * s.fine);
   }
   for (int r = 0; r < rays; r++) {
-    const float *coarse = room.coarse_out + r * s.coarse, *fine = room.fine_out + r * s.fine;
     copy(m.depth, room.coarse_depth + r * s.coarse, s.coarse);
-    copy(m.density, coarse + dense * room.coarse, s.coarse);
+    copy(m.density, room.coarse_density + r * s.coarse, s.coarse);
     copy(m.depth + s.coarse, room.fine_depth + r * s.fine, s.fine);
-    copy(m.density + s.coarse, fine + dense * room.fine, s.fine);
-    write_ray(s, first + r, m, coarse, fine, room.coarse, room.fine, seen);
+    copy(m.density + s.coarse, room.fine_density + r * s.fine, s.fine);
+    write_ray(s, net, first + r, m, room, room.coarse_rows + r * s.coarse * room.width, room.fine_rows + r * s.fine * room.width, seen);
   }
 }
 
@@ -349,6 +372,6 @@ static void to_channels(const float* from, int channels, int padded, int64_t pix
 #define NOFA_TABLE(set) NOFA_JOIN(kernels_, set)
 
 const nofa::Kernels nofa::NOFA_TABLE(SET) = {
-    NOFA_NAME(SET), LANES, nofa::SET::net_size, nofa::SET::pack_net, nofa::SET::forward_scratch, nofa::SET::forward,
+    NOFA_NAME(SET), LANES, nofa::SET::net_size, nofa::SET::pack_net, nofa::SET::ahead, nofa::SET::forward_scratch, nofa::SET::forward,
     nofa::SET::backward_scratch, nofa::SET::slot_size, nofa::SET::backward, nofa::SET::unpack_slot, nofa::SET::scatter_plane,
     nofa::SET::scatter_offsets, nofa::SET::to_pixels, nofa::SET::to_channels};

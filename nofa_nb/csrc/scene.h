@@ -18,6 +18,7 @@ struct Scene {
   int lattice;                    // nodes along a side of the offsets, 0: none
   int axes[2 * kPlanes];          // coordinate along the width, then along the height of each plane
   float box;                      // side of the cube that planes and lattice span
+  bool ahead;                     // `planes` have been through the decoder's first matrix: `padded` is for its outputs
   bool white;                     // what is behind everything: white instead of black
   const float* planes;            // (pictures, 3, height, width, padded)
   const float* offsets;           // (pictures, lattice^3, 4): x, y, z, 0; x varies fastest; null: none

@@ -171,6 +171,11 @@ def pack_planes(
 def _operators(device:torch.device): # the same names and arguments on both
     return torch.ops.nofa_nb_cuda if device.type == "cuda" else torch.ops.nofa_nb
 
+def _ascending(depths:Tensor, fused:bool)->bool: # the operator looks itself: PyTorch's threads, once woken, keep the cores busy for milliseconds
+    ops = _operators(depths.device)
+    if fused and hasattr(ops, "ascending"): return ops.ascending(_dense(depths)) # the CPU's has it
+    return bool((depths[..., 1:] >= depths[..., :-1]).all())
+
 def fused_fault(
     planes:Tensor,
     weights:Sequence[Tensor],
@@ -233,9 +238,9 @@ def render_triplane(
     need(plane_axes in AXES, "plane_axes", f"one of {', '.join(AXES)}", repr(plane_axes))
     need(backend in ("auto", "torch", "fused"), "backend", "auto, torch or fused", repr(backend))
     need(offsets is None or offsets.shape[1] >= 2, "offsets", "at least 2 nodes a side", None if offsets is None else tuple(offsets.shape))
-    need(numbers is None or bool((depths[..., 1:] >= depths[..., :-1]).all()), "depths", "ascending, as there are numbers", "a step back")
     fault = "asked for the twin" if backend == "torch" else fused_fault(planes, weights, origins, depths, 0 if numbers is None else numbers.shape[2])
     need(backend != "fused" or not fault, "backend", "one that works here", "fused", fault)
+    need(numbers is None or _ascending(depths, not fault), "depths", "ascending, as there are numbers", "a step back")
     layers = [t for pair in zip(weights, biases) for t in pair]
     if fault:
         named = {"planes": planes} | _named(origins, directions, depths, numbers, offsets, layers)
