@@ -55,8 +55,8 @@ class DeformationStage:
 
 STAGES = MappingProxyType({
     "smoke": DeformationStage(steps=20, batch=2, lr=1e-3, warm_up=2, ema_half_life=.01, apart=2, w_shape=1., shape_only=.5, identity_size=0), # seconds
-    "small": DeformationStage(steps=6400, batch=4, precision="bf16-mixed", lr=2e-4, warm_up=100, end=.02, ema_half_life=2., deformation_gain=5., matrix_lr=.003, apart=4,
-        through=False, window=32, whole_every=16, w_shape=1., shape_only=.75, identity_size=0), # half an hour on two cores
+    "small": DeformationStage(steps=6000, batch=4, precision="bf16-mixed", lr=2e-4, warm_up=100, end=.02, ema_half_life=2., deformation_gain=5., matrix_lr=.003, apart=4,
+        through=False, window=32, whole_every=16, w_shape=1., shape_only=.8, identity_size=0), # half an hour on two cores
     "base": DeformationStage(steps=60_000, batch=8, lr=1e-4, warm_up=500, end=.05, ema_half_life=5., deformation_gain=5., apart=4, w_shape=1., shape_only=.1,
         identity_size=0),
     "paper": DeformationStage()})
