@@ -6,6 +6,7 @@ from nofa_nb.evaluation.figures import FIGURES, figure
 
 try:
     found = [figure(number, *sys.argv[1:3]).figure for number in FIGURES]
-    print(f"{sum(f is not None for f in found)} figures belong to what is here; {sum(f is None for f in found)} are not run")
+    drawn = [f for f in found if f is not None]
+    print(f"{len(drawn)} figures belong to what is here, {len(found) - len(drawn)} are not run")
 except NofaError as error:
     sys.exit(f"figures: {error}")
