@@ -6,7 +6,7 @@ OUT ?= out/demo
 PRESET ?= small
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train weights tables test docs lint clean
+.PHONY: help setup demo train weights tables figures test docs lint clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: setup ## all checks: export drift, clean notebooks, ruff, pytest, every no
 
 tables: setup ## measure what is missing of Tables 1 to 5 and draw them into out/tables/$(PRESET) (PRESET=small)
 	@.venv/bin/snakemake -s workflow/tables.smk --cores 2 --rerun-triggers mtime --rerun-incomplete --nolock --quiet host reason --config preset=$(PRESET) -- tables
+
+figures: setup ## draw what is missing of Figures 4 to 13 into out/figures/$(PRESET) (PRESET=small)
+	@.venv/bin/snakemake -s workflow/figures.smk --cores 2 --rerun-triggers mtime --rerun-incomplete --nolock --quiet host reason --config preset=$(PRESET) -- figures
 
 docs: setup ## build the documentation site into site/
 	@.venv/bin/python .ci/docs.py

@@ -161,10 +161,10 @@ def wanted(
 # %% ../../nbs/evaluation/tables.ipynb #e166dfa4
 def present_weights(
     preset:str,
-    run:str,
+    run:str, # of `PARTS`, or a part itself, such as face3d
 )->str|None: # None: they are not here
     "Hash of the weights of a run, of which every file is as its index says."
-    try: folder = find_weights(preset, PARTS[run])
+    try: folder = find_weights(preset, PARTS.get(run, run))
     except MissingResource: return None
     record = _index(folder)
     for entry in record["shards"]:
