@@ -362,15 +362,15 @@ function render({ model, el }) {
           make("div", { class: "row" }, layer.node, space.node, detail.node, driver.node),
           make("div", { class: "row" }, chooser("Open motion …", "motion", ".safetensors"), button("Clip of the world", () => { busy("making the clip …"); say("clip", { seed: Number(clip.value) }); watch() }),
             clip, play, make("span", {}, head, make("label", { for: head.id }, " with its head")), motionName),
-          make("div", { class: "row" }, save("picture", "Save picture"), save("film", "Save film"), save("avatar", "Save avatar")))),
+          make("div", { class: "row" }, save("picture", "Save picture"), save("film", "Save film"), save("avatar", "Save avatar"))),
+        make("div", { class: "card" }, make("div", { class: "head", style: "margin-bottom:0" }, make("h3", {}, "Look inside"), ...Object.values(figureButtons)), caption, plot)),
       make("aside", {},
         card("Face", [], make("div", { class: "row", style: "margin-top:0" }, seed, button("Show seed", bySeed), button("Another", another)),
           make("div", { class: "row" }, chooser("Photo …", "photo", "image/*"), chooser("Avatar file …", "avatar", ".safetensors")),
           make("div", { class: "thumbs", role: "group", "aria-label": "gallery of photos" }, ...Object.values(thumbs))),
         card("Expression", [button("Random", anyExpression), button("Reset", neutral)], make("div", { class: "row", style: "margin-top:0" }, find), list),
         card("Identity", [button("Random", anyFace, { "aria-label": "random identity" }), button("Reset", sameFace, { "aria-label": "reset identity" })],
-          make("div", { class: "scroll", style: "max-height:230px;margin-top:0" }, ...identity.map((s) => s.row))))),
-    make("div", { class: "card" }, make("div", { class: "head", style: "margin-bottom:0" }, make("h3", {}, "Look inside"), ...Object.values(figureButtons)), caption, plot))
+          make("div", { class: "scroll", style: "max-height:230px;margin-top:0" }, ...identity.map((s) => s.row))))))
   root.addEventListener("keydown", (e) => {
     if (e.ctrlKey || e.metaKey || e.altKey || ["search", "number", "file"].includes(e.target.type)) return
     const keys = { "/": () => find.focus(), r: anyExpression, n: neutral, p: () => play.click() }
