@@ -85,7 +85,7 @@ def stop(
 
 # %% ../../nbs/apps/explorer_serve.ipynb #c5e2a70f
 OPTIONS = ("--no-browser", "--Voila.ip=127.0.0.1", "--strip_sources=True", "--theme=light", "--template=nofa", "--show_tracebacks=False",
-           *(f"--VoilaConfiguration.extension_allowlist={name}" for name in ("@voila-dashboards/widgets-manager8", "anywidget")), # no others are needed
+           *(f"--VoilaConfiguration.extension_allowlist={name}" for name in ("@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8", "anywidget")), # no others are needed
            "--MappingKernelManager.cull_interval=60", "--MappingKernelManager.cull_idle_timeout=300")
 
 @contextmanager
