@@ -99,9 +99,10 @@ class Page:
             raise InputError(f"file must be at most {MOST_BYTES >> 20} MB, got more")
         return b"".join(self.uploads.pop(upload)) if last else None
 
-# %% ../../nbs/apps/explorer_app.ipynb #05553cd6
+# %% ../../nbs/apps/explorer_app.ipynb #72c94dd1
 _ASSETS = Path(nofa_nb.__file__).parent/"assets"
 
+# %% ../../nbs/apps/explorer_app.ipynb #2bbdb722
 class Explorer(anywidget.AnyWidget):
     "The explorer's page."
     _esm = (_ASSETS/"explorer.js").read_text(encoding="utf-8")

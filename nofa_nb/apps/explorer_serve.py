@@ -209,6 +209,7 @@ class Measured:
         return (f"{self.speed:.1f} pictures/s of {self.side} px ({self.drafts} drafts besides), {1e3 * statistics.median(self.waits):.0f} ms from event to painted frame "
                 f"(95 % within {1e3 * slow:.0f} ms), of which {1e3 * self.drawing:.0f} ms rendering; {os.cpu_count()} cores, other programs used {self.others:.1f} of them")
 
+# %% ../../nbs/apps/explorer_serve.ipynb #fcb7da5e
 def drag(
     page:object,
     root:object,
@@ -242,8 +243,8 @@ def measure_speed(
         root.evaluate("r => { r.nofa.paints.length = 0 }")
         drag(page, root, seconds=seconds)
         paints = root.evaluate("r => r.nofa.paints")
-        side = root.evaluate("r => r.querySelector('canvas').width")
-    full = [p for p in paints if p["quality"] == "full"]
-    first, last = full[0]["at"], full[-1]["at"]
-    return Measured(len(full), sum(p["quality"] == "draft" for p in paints), (last - first) / 1e3, tuple(p["waited"] / 1e3 for p in full), side,
+    moving = [p for p in paints if p["quality"] != "still"]
+    full = [p for p in moving if p["quality"] == "full"]
+    need(len(moving) > 1 and full, "measurement", "of two pictures at least, one of them full", len(moving))
+    return Measured(len(full), len(moving) - len(full), (moving[-1]["at"] - moving[0]["at"]) / 1e3, tuple(p["waited"] / 1e3 for p in moving), full[0]["width"],
                     statistics.median(p["seconds"] for p in full), others)

@@ -135,7 +135,7 @@ function render({ model, el }) {
     const from = started.get(said.id)
     setTimeout(() => { // after the browser has painted
       const now = performance.now()
-      measured.paints.push({ id: said.id, quality: said.quality, at: now, waited: now - (from ?? now), seconds: said.seconds })
+      measured.paints.push({ id: said.id, quality: said.quality, at: now, waited: now - (from ?? now), seconds: said.seconds, width: said.width })
       if (measured.paints.length > 4000) measured.paints.splice(0, 2000)
       if (said.quality !== "still") pace(now, now - (from ?? now))
     }, 0)
