@@ -382,6 +382,7 @@ def test_jupyterlab_shows_it_and_says_when_its_kernel_was_restarted(chromium, la
     page.locator(".jp-Notebook .jp-Cell").first.wait_for()
 
     def run_all():
+        page.get_by_text("| Idle").wait_for()  # a kernel that is not there yet forgets what it is asked
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
 

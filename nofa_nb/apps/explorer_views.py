@@ -201,7 +201,7 @@ def walk_pictures(
 )->Float[Tensor, "n 3 h w"]: # in [0, 1]
     "From a face to that of a seed."
     need(type(seed) is int and seed >= 0, "seed", "a whole number from 0", repr(seed))
-    G, alpha = painter.model.generator, face.avatar.alpha
+    G = painter.model.generator
     mine, other = face.avatar.ws, G.map(codes(G, seed, 1).to(painter.device))
     look = replace(scene, beta=(), alpha=(), frame=None, layer="image", canonical=True, coarse=False, by_code=False).camera.to(painter.device)
     pictures = []
