@@ -411,15 +411,16 @@ class Worker:
     def _run(self)->None:
         while (found := self._next()) is not None:
             page, steps, job = found
-            try: pause = next(steps, None)
+            try: pause, over = next(steps), False
+            except StopIteration: over = True
             except Exception as error:
+                over = True
                 self.failed(page, error)
-                pause = None
             with self._lock:
-                if job and pause is None: self._jobs.popleft()
+                if job and over: self._jobs.popleft()
                 elif not job and self._newest.get(page, [None])[0] is steps:
                     self._newest.pop(page)
-                    if pause is not None: self._newest[page] = [steps, time.monotonic() + pause]
+                    if not over: self._newest[page] = [steps, time.monotonic() + pause]
             del steps, found
 
 # %% ../../nbs/apps/explorer.ipynb #898c33dd

@@ -84,6 +84,7 @@ class Page:
     face:Face|None = None
     scene:Scene = Scene()
     motion:Motion|None = None
+    welcomed:bool = False # has it got the gallery?
     uploads:dict[str, list[bytes]] = field(default_factory=dict)
 
     def receive(self,
@@ -167,13 +168,12 @@ class Explorer(anywidget.AnyWidget):
             yield
         self.worker.do(page.key, steps())
 
-    def _on_hello(self, page:Page, buffers:list)->None:
-        self._load(page, self.first)
-        def thumbnails():
-            for name in GALLERY:
-                self._tell(page.key, kind="thumbnail", name=name, address=thumbnail(gallery_photo(name, 128)))
-                yield
-        self.worker.do(page.key, thumbnails())
+    def _on_hello(self, page:Page, buffers:list)->None: self._load(page, self.first)
+
+    def _thumbnails(self, page:Page)->Iterator[None]:
+        for name in GALLERY:
+            self._tell(page.key, kind="thumbnail", name=name, address=thumbnail(gallery_photo(name, 128)))
+            yield
 
     def _on_ping(self, page:Page, buffers:list)->None: self._tell(page.key, kind="pong")
 
@@ -182,6 +182,8 @@ class Explorer(anywidget.AnyWidget):
         if page.face is None: return # it will be asked for again with the first face
         tell = partial(self._frame, page.key, id, page.scene.layer)
         self.worker.ask(page.key, passes(self.painter, page.face, page.scene, tell, self.pace, page.motion))
+        if not page.welcomed: self.worker.do(page.key, self._thumbnails(page)) # after the first picture
+        page.welcomed = True
 
     def _frame(self, key:str, id:int, layer:str, done:Pass)->None:
         height, width = done.drawn.pixels.shape[1:]
@@ -274,5 +276,6 @@ def explorer(
 )->Explorer:
     "The explorer as a widget."
     loaded = load_explorer(preset, device) if loaded is None else loaded
-    if not avatar: return Explorer(loaded, lambda: face_of_seed(loaded.studio.model, seed))
-    return Explorer(loaded, lambda face=face_of(loaded.studio.portrait(avatar)): face) # a file that cannot be read is refused at once
+    face = face_of(loaded.studio.portrait(avatar)) if avatar else face_of_seed(loaded.studio.model, seed)
+    Painter(loaded.studio.model).draw(face, Scene()) # what is loaded or compiled at its first use is so now
+    return Explorer(loaded, lambda: face)

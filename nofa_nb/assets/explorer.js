@@ -89,6 +89,14 @@ function render({ model, el }) {
     measured.sent++
     say("scene", { id, scene: scene() })
     watch()
+    insist()
+  }
+  let insisting = null
+  function insist() { // a request that got lost on the way is made again
+    insisting ??= setTimeout(() => {
+      insisting = null
+      if (id > answered && !gone) { answered = id; dirty = true; pump() }
+    }, 2 * PATIENCE)
   }
   function settle(number) {
     if (!number) return
@@ -118,6 +126,7 @@ function render({ model, el }) {
   const painter = canvas.getContext("2d"), store = make("canvas")
   let waiting = null
   function paint() {
+    if (!waiting) return
     const { said, bytes } = waiting
     waiting = null
     if (canvas.width !== said.width) { canvas.width = said.width; canvas.height = said.height }
@@ -328,8 +337,9 @@ function render({ model, el }) {
     if (gone) { gone = false; alert.hidden = true }
     const bytes = buffers?.[0] && new Uint8Array(buffers[0].buffer, buffers[0].byteOffset, buffers[0].byteLength)
     if (said.kind === "frame") {
+      measured.last = said
       if (said.id < answered) return
-      if (!waiting) requestAnimationFrame(paint)
+      if (!waiting) { requestAnimationFrame(paint); setTimeout(paint, 250) } // a tab in the background gets no animation frames
       waiting = { said, bytes }
       settle(said.id)
     } else if (said.kind === "face") showFace(said)
@@ -383,6 +393,7 @@ function render({ model, el }) {
   return () => {
     stop()
     clearTimeout(timer)
+    clearTimeout(insisting)
     model.off("msg:custom", answer)
     if (plotly) plotly.then((Plotly) => Plotly.purge(plot))
   }
