@@ -25,6 +25,7 @@ from pathlib import Path
 
 from .campaign import GRAPH
 from .evaluate_cli import evaluate_avatar, evaluate_avatar_arguments
+from .explorer_serve import explore, explore_arguments
 from .reenact_cli import adapt_arguments, adapt_command, reenact, reenact_arguments
 from nofa_nb.apps.train_cli import (all_arguments, step_arguments, train_all, train_prior, train_prior_arguments, train_step, train_weights,
     weights_arguments)
@@ -439,6 +440,7 @@ COMMANDS = (
     Command("sample", "new faces of the 3D generator: a sheet and a film", sample_arguments, sample),
     Command("reenact", "a film of an avatar from one photo and a driving video", reenact_arguments, reenact),
     Command("adapt", "an avatar file of a face, adapted to it", adapt_arguments, adapt_command),
+    Command("explore", "the canonical space with sliders, in a browser", explore_arguments, explore),
     Command("bench renderer", "the renderer, plain and fused", bench_renderer_arguments, bench_renderer),
     Command("bench avatar", "an avatar's frames, by parts", bench_avatar_arguments, bench_avatar),
     Command("bench report", "all of that, with pictures, into results/bench", bench_report_arguments, bench_report),
