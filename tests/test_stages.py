@@ -212,8 +212,10 @@ def test_gain_is_the_deformations_alone(pairs, videos):
 
 def test_muons_rate_has_the_deformations_gain_too(pairs, videos):
     wide = override(FLAT, "deformation.deform_width=32")
-    groups = {k: stages("deformation", build_avatar_model(wide), pairs, videos, matrix_lr=.01, deformation_gain=k).optimisers()["model"].param_groups
-              for k in (1., 5.)}
+    groups = {}
+    for gain in (1., 5.):
+        stage = stages("deformation", build_avatar_model(wide), pairs, videos, matrix_lr=.01, deformation_gain=gain)
+        groups[gain] = stage.optimisers()["model"].param_groups
     mine = {*stages("deformation", build_avatar_model(wide), pairs, videos).model.deformation.parameters()}
     of_field = len([*mine])
     for one, five in zip(groups[1.], groups[5.]):
@@ -223,7 +225,8 @@ def test_muons_rate_has_the_deformations_gain_too(pairs, videos):
 
 
 def test_shape_alone_has_a_cosine_of_its_own(pairs, videos):
-    stage = stages("deformation", build_avatar_model(FLAT), pairs, videos, steps=40, shape_only=.5, end=.1, warm_up=0)
+    lengths = dict(steps=40, shape_only=.5, end=.1, warm_up=0)
+    stage = stages("deformation", build_avatar_model(FLAT), pairs, videos, **lengths)
     rates = [stage.rate("model", k) for k in range(40)]
     assert rates[:20] == rates[20:] and rates[0] == 1 and rates[19] < .12 and sorted(rates[:20], reverse=True) == rates[:20]
 
