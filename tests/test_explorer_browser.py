@@ -374,7 +374,7 @@ def lab(tmp_path):
 
 
 @pytest.mark.skipif("NOFA_TEST_JUPYTERLAB" not in os.environ,
-                    reason="NOFA_TEST_JUPYTERLAB is not set: in a restarted kernel the page has waited for ever for its "
+                    reason="NOFA_TEST_JUPYTERLAB is not set: in a restarted kernel the page has waited for its "
                            "first picture, for a reason not yet found")
 def test_jupyterlab_shows_it_and_says_when_its_kernel_was_restarted(chromium, lab, model):
     context = chromium.new_context(viewport={"width": 1600, "height": 1000})
