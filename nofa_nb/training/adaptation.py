@@ -37,7 +37,7 @@ class AdaptationStage:
     def __post_init__(self):
         need(self.steps >= 1 and self.seconds > 0 and self.lr > 0, "steps, seconds, lr", "at least 1, and above 0", (self.steps, self.seconds, self.lr))
 
-STAGES = MappingProxyType({"smoke": AdaptationStage(steps=8), "small": AdaptationStage(steps=120), "base": AdaptationStage(steps=150), "paper": AdaptationStage()})
+STAGES = MappingProxyType({"smoke": AdaptationStage(steps=8), "small": AdaptationStage(steps=40), "base": AdaptationStage(steps=150), "paper": AdaptationStage()})
 
 # %% ../../nbs/training/adaptation.ipynb #69c03541
 @dataclass(frozen=True, eq=False)
