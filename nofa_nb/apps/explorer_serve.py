@@ -142,7 +142,7 @@ def explore(args:argparse.Namespace)->None:
         from nofa_nb.models.avatar import Avatar
         Avatar.load(args.avatar) # refused here rather than in the browser
     def interrupted(*_): raise KeyboardInterrupt
-    before = signal.signal(signal.SIGTERM, interrupted)
+    before = {s: signal.signal(s, interrupted) for s in (signal.SIGTERM, signal.SIGINT)} # SIGINT, too: what a script starts in the background ignores it
     try:
         with served(args.port, args.log, preset=args.preset, avatar=str(args.avatar.resolve()) if args.avatar else "", seed=args.seed, device=args.device) as address:
             print(f"{address} (Ctrl-C stops it)", flush=True)
