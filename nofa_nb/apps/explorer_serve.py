@@ -148,7 +148,8 @@ def explore(args:argparse.Namespace)->None:
             print(f"{address} (Ctrl-C stops it)", flush=True)
             threading.Event().wait()
     except KeyboardInterrupt: print("stopped", flush=True)
-    finally: signal.signal(signal.SIGTERM, before)
+    finally:
+        for s, way in before.items(): signal.signal(s, way)
 
 # %% ../../nbs/apps/explorer_serve.ipynb #2857abf1
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
