@@ -29,7 +29,7 @@ from ..core.io import VideoWriter
 from ..core.repro import generator as stream
 from ..geometry.cameras import FOCAL, Camera
 from ..geometry.rays import rays as rays_of
-from ..models.avatar import Avatar, AvatarModel, build_avatar_model
+from ..models.avatar import Avatar, AvatarModel, avatar_of_code, build_avatar_model
 from ..models.generator import Frame, load_generator
 from ..world.latent import LATENT, QUANTITIES, importance, latent
 from ..world.motion import UNITS, Motion
@@ -152,10 +152,8 @@ def drawn_avatar(
     z:Float[Tensor, "1 z"],
     alpha:Float[Tensor, "1 a"], # identity, for the deformation
 )->Avatar:
-    "The avatar of a code: the prior's planes, without detail of a photo."
-    ws = model.generator.map(z)
-    coarse, camera, side = model.coarse(ws), Camera.orbit(0., 0.).to(ws), model.preset.generator.image_resolution
-    return Avatar(coarse.planes, coarse.planes, coarse.feature, ws, alpha, camera, ws.new_zeros(1, 3, side, side), coarse.drawn)
+    "The avatar of a prior's code."
+    return avatar_of_code(model, model.generator.map(z), alpha)
 
 def face_of_seed(
     model:AvatarModel,

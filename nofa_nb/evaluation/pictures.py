@@ -22,7 +22,7 @@ from .figures import NOT_RUN, Cell
 from .protocols import Face3D, Frames, Method, Trial, ask, view_frames
 from ..geometry.cameras import PIVOT, Camera
 from ..geometry.rays import rays
-from ..models.avatar import Avatar, AvatarModel
+from ..models.avatar import Avatar, AvatarModel, avatar_of_code
 from ..models.deformation import DeformationField
 from ..world.appearance import LOOK
 from ..world.bust import Person, dress, person_from_code, sample_person, texture_size
@@ -126,11 +126,9 @@ def virtual_avatar(
     need(world or face3d is not None, "face3d", "M, as this generator's codes do not tell the identity", None)
     code = torch.cat([sample_person(seed).code, torch.zeros(52)])
     z = latent(code[None]) if world else torch.randn(1, G.backbone.mapping.z_dim, generator=generator(seed, "z"))
-    ws, camera = G.map(z.to(device), psi=psi), Camera.orbit(0., 0.).to(device)
-    coarse = model.coarse(ws)
-    image = G.image_of(G.field(coarse.planes), ws, camera).image
-    alpha = code[None, :100].to(device) if world else ask(face3d, image.clamp(-1, 1)).alpha.to(device)
-    return Avatar(coarse.planes, coarse.planes, coarse.feature, ws, alpha, camera, image, coarse.drawn)
+    made = avatar_of_code(model, G.map(z.to(device), psi=psi), code[None, :100].to(device))
+    made = replace(made, image=model.render(made, None, made.camera).image)
+    return made if world else replace(made, alpha=ask(face3d, made.image.clamp(-1, 1)).alpha.to(device))
 
 @torch.no_grad()
 def driven(
