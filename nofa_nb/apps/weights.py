@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'EXPERTS', 'PARTS', 'Run', 'read_run', 'numbers', 'facts', 'prior_weights', 'expert_weights', 'chain',
-           'avatar_weights', 'export_weights']
+           'driven', 'avatar_weights', 'export_weights']
 
 # %% ../../nbs/apps/weights.ipynb #3dfd660f
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +110,12 @@ def chain(
     before = run.parameters.get("before")
     return ([*chain(read_run(run.folder/before))] if before else []) + [run]
 
+def driven(
+    run:Run,
+)->float: # dB; minus infinity: not measured on videos
+    "Fine pictures of held-out videos, as a stage has left them."
+    return run.read("scores.json").get("after", {}).get("psnr_fine", -math.inf) if run.parameters["stage"] in ("deformation", "hybrid") else -math.inf
+
 def _learnt_from(run:Run)->str:
     p, parts = run.parameters, []
     if p["stage"] != "deformation": parts.append(f"{p['pairs'] or 'ever new'} synthetic pairs")
@@ -119,7 +126,9 @@ def avatar_weights(
     run:Run,         # of the last stage
     folder:str|Path, # made, or replaced
 )->Path:
-    "Weights of the whole model."
+    "Weights of the whole model, after the stage that drives held-out videos best: refinement on the prior's pictures may cost more than it brings."
+    whole = chain(run)
+    run = max(reversed(whole), key=driven) # the later of equals
     sizes, teacher, stages = run.stage["preset"], run.folder/run.parameters["prior"], {r.parameters["stage"]: r for r in chain(run)}
     known = run.parameters["prior"] and (teacher/INDEX).exists()
     switches = {name: run.parameters.get(name, True) for name in ("use_weights", "use_identity")} # of the ablations
@@ -127,7 +136,7 @@ def avatar_weights(
     unpack_modules(run.found.weights, parts_of(model))
     each = lambda say: {name: say(r) for name, r in stages.items()}
     record = dict(data=each(_learnt_from), recipe=each(lambda r: r.stage["settings"]), time=each(lambda r: facts(r)["time"]),
-                  measured={f"{name}: {what}": value for name, r in stages.items() for what, value in numbers(r).items()},
+                  measured={f"{r.parameters['stage']}: {what}": value for r in whole for what, value in numbers(r).items()},
                   use="avatars of faces from one photo, in this project", limits=f"{LIMITS}; show nobody saying or doing what they have not agreed to")
     return save_avatar_model(folder, model, {**facts(run), **record})
 

@@ -131,8 +131,10 @@ class DeformationConfig:
     weight_width:int  = 128 # W-Net
     identity_dim:int  = 80  # alpha; Deep3DFaceRecon
     expression_dim:int = 64 # beta; Deep3DFaceRecon
+    unit:float         = 1. # world units that D-Net's numbers are counted in; ours
 
     def __post_init__(self):
+        need(self.unit > 0, "deformation.unit", "above 0", self.unit)
         for name in ("deform_layers", "deform_width", "weight_layers", "weight_width", "identity_dim", "expression_dim"):
             _at_least(self, name, 1)
         _at_least(self, "octaves", 0)
@@ -187,7 +189,7 @@ _SMALL = Preset("small", # the recipe: a prior of this size, trained on two CPU 
         raw_resolution=64, image_resolution=64, super_resolution="none", # the recipe
         depth_coarse=18, depth_fine=6), # the recipe
     deformation=DeformationConfig(octaves=6, deform_layers=4, deform_width=96, deform_skip=2, # reading 9: smaller
-        weight_layers=3, weight_width=48, **_WORLD_FACE),
+        weight_layers=3, weight_width=48, unit=.01, **_WORLD_FACE), # faces move by hundredths; counted in ones, training drove W-Net to 1e-4 instead
     readings=Readings(fusion="planes")) # a feature of 16 pixels holds little detail, and a short training brought none in
 
 _BASE = Preset("base", # sizes chosen here, between `small` and EG3D
@@ -197,7 +199,7 @@ _BASE = Preset("base", # sizes chosen here, between `small` and EG3D
         raw_channels=16, density_gain=10., raw_resolution=64, image_resolution=128, super_resolution="2X", # EG3D's module from 64 to 128 px
         depth_coarse=24, depth_fine=24), # half of EG3D's
     deformation=DeformationConfig(octaves=8, deform_layers=6, deform_width=128, deform_skip=3, # reading 9: smaller
-        weight_layers=4, weight_width=64, **_WORLD_FACE))
+        weight_layers=4, weight_width=64, unit=.01, **_WORLD_FACE))
 
 PRESETS = MappingProxyType({p.name: p for p in (_SMOKE, _SMALL, _BASE, Preset("paper"))})
 

@@ -77,7 +77,7 @@ class DeformationField(nn.Module):
         c, encoded = config, encoded_size(3, config.octaves)
         points, identity, expression = (encoded, encoded / 2), (c.identity_dim, 1.), (c.expression_dim, 1.)
         still = [points, identity] if use_identity else [points]
-        self.d_net = ConditionedMLP([*still, expression], c.deform_width, c.deform_layers, 3, c.deform_skip, gain=1e-5)
+        self.d_net = ConditionedMLP([*still, expression], c.deform_width, c.deform_layers, 3, c.deform_skip, gain=1e-5 / c.unit)
         self.w_net = ConditionedMLP(still, c.weight_width, c.weight_layers, 1, gain=.1) if use_weights else None
 
     def offset(self,
@@ -86,7 +86,7 @@ class DeformationField(nn.Module):
         beta:Float[Tensor, "b e"],        # expression
     )->Float[Tensor, "b n 3"]:            # Delta x, world units
         "D-Net alone."
-        return self.d_net([*self._still(points, alpha), self._beta(points, beta)])
+        return self.config.unit * self.d_net([*self._still(points, alpha), self._beta(points, beta)])
 
     def weight(self,
         points:Float[Tensor, "b n 3"],    # x_d, world units
@@ -111,7 +111,7 @@ class DeformationField(nn.Module):
     )->Float[Tensor, "b n 3"]:            # w Delta x, world units
         "How far points move; 0 outside the box."
         still = self._still(points, alpha)
-        moved = self.d_net([*still, self._beta(points, beta)])
+        moved = self.config.unit * self.d_net([*still, self._beta(points, beta)])
         if self.w_net is not None: moved = self.w_net(still).sigmoid() * moved
         inside = (points.abs() <= self.box_warp / 2).all(-1, keepdim=True)
         return torch.where(inside, moved, 0.).to(points)
