@@ -398,7 +398,7 @@ def test_weights_by_a_formula(model):
     knows.__class__ = Knows
     told = A.weights_in_volume(knows, alpha)
     assert told.inside > .8 and .3 < told.outside < .6  # faces are in front; half of the air is
-    planes = A.weight_planes(knows, alpha, (.2, -.2), 8)
+    planes = A.weights_on_planes(knows, alpha, (.4, -.4), 8)
     torch.testing.assert_close(planes[0], torch.full((8, 8), .9))
     torch.testing.assert_close(planes[1], torch.full((8, 8), .1))
 
