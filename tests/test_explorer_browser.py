@@ -1,7 +1,6 @@
 """The explorer from end to end: Voila and JupyterLab in headless Chromium. Screenshots stay in out/test/screenshots."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
