@@ -63,7 +63,9 @@ async function library(bytes) { // a script made for pages, as a module: it must
 
 function render({ model, el }) {
   const view = Math.random().toString(36).slice(2), setup = model.get("setup")
-  const say = (kind, content = {}, buffers = []) => model.send({ view, kind, ...content }, undefined, buffers)
+  const say = (kind, content = {}, buffers = []) => {
+    try { model.send({ view, kind, ...content }, undefined, buffers) } catch (error) { lose(error) }
+  }
   const root = make("section", { class: "nofa", "aria-label": "NOFA++ explorer", "data-lm-suppress-shortcuts": "true" })
   const measured = { paints: [], errors: [], sent: 0 } // for tests and for the measurement of the speed
   root.nofa = measured
@@ -106,9 +108,14 @@ function render({ model, el }) {
   }
 
   // --- is there a kernel?
-  let heard = performance.now(), timer = null, gone = false
+  let heard = performance.now(), timer = null, gone = false, lost = false
+  function lose(error) { // a notebook whose kernel was restarted takes no messages for the old one
+    console.warn(error)
+    gone = lost = true
+    complain(GONE)
+  }
   function watch(pinged = false) {
-    if (timer) return
+    if (timer || lost) return
     const at = performance.now()
     timer = setTimeout(() => {
       timer = null
