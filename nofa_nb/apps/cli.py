@@ -294,6 +294,7 @@ def evaluate_prior_arguments(parser:argparse.ArgumentParser)->None:
     parser.add_argument("--preset", choices=["smoke", "small", "base"], default="small", help="whose weights and sizes")
     parser.add_argument("--world", choices=["full", "reduced"], default="full", help="every hair style and light, or short hair and one light")
     parser.add_argument("--weights", metavar="DIR", default="", help='folder of weights instead of the preset\'s own; "random" for none')
+    parser.add_argument("--called", metavar="NAME", default="prior", help="its name in the results; those of other names are kept (default: prior)")
     parser.add_argument("--people", type=whole(2), default=200, metavar="N", help="held-out people, and as many others to sample")
     parser.add_argument("--views", type=whole(1), default=4, metavar="N", help="pictures of each")
     parser.add_argument("--workers", type=whole(0), default=0, metavar="N", help="processes that render portraits")
@@ -306,7 +307,7 @@ def evaluate_prior(args:argparse.Namespace)->None:
     notebook, out = run_notebook("evaluate_prior"), args.out or Path("out/evaluate")/args.preset
     results = (args.results or notebook.parents[2]/"results"/args.preset/"prior.json").resolve()
     weights = args.weights if args.weights in ("", "random") else str(Path(args.weights).resolve())
-    parameters = dict(preset=args.preset, world=args.world, weights=weights, people=args.people, views=args.views, samples=args.people,
+    parameters = dict(preset=args.preset, world=args.world, weights=weights, called=args.called, people=args.people, views=args.views, samples=args.people,
                       shown=8, workers=args.workers, seed=args.seed, results=str(results), out=".")
     print(f"done: {results}; open {execute(notebook, out, parameters)} in a browser")
 
