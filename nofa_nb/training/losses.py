@@ -259,8 +259,9 @@ def video_losses(
 @dataclass(frozen=True)
 class AdaptationLoss:
     "Fast adaptation of F_e to one photo (Eq. 14)."
-    w_rec:float = 1.0 # Sec. 3.4, below Eq. 14
-    w_reg:float = 1.0 # the same
+    w_rec:float  = 1.0 # Sec. 3.4, below Eq. 14
+    w_reg:float  = 1.0 # the same
+    w_move:float = 0.0 # of what expressions change in the picture; ours
 
     def __post_init__(self): _check_weights(self)
 
@@ -272,9 +273,14 @@ def adaptation_losses(
     weights:AdaptationLoss=AdaptationLoss(),
     readings:Readings=Readings(),   # 5 (norm)
     foreground:Float[Tensor, "b 1 r r"]|None=None, # where the depth is held; None: everywhere
+    moved:Float[Tensor, "k 3 h w"]|None=None,      # what expressions change in the picture; needed where `w_move` is above 0
+    moved_before:Float[Tensor, "k 3 h w"]|None=None, # the same before the optimisation
 )->dict[str, Tensor]:               # weighted
     "Eq. 14."
     w, terms = weights, {}
     if w.w_rec: terms |= weighted("rec", w.w_rec, reconstruction_loss(found.image, truth, perceptual, readings.norm))
     if w.w_reg: terms["reg"] = w.w_reg * l2_loss(found.depth, depth.detach(), readings.norm, foreground)
+    if w.w_move:
+        need(moved is not None and moved_before is not None, "moved, moved_before", "given where w_move is above 0", "None")
+        terms["move"] = w.w_move * l2_loss(moved, moved_before.detach(), readings.norm)
     return terms
