@@ -38,7 +38,7 @@ class AdaptationStage:
     def __post_init__(self):
         need(self.steps >= 1 and self.seconds > 0 and self.lr > 0, "steps, seconds, lr", "at least 1, and above 0", (self.steps, self.seconds, self.lr))
 
-STAGES = MappingProxyType({"smoke": AdaptationStage(steps=8), "small": AdaptationStage(steps=50, loss=AdaptationLoss(w_move=300.)), "base": AdaptationStage(steps=150, loss=AdaptationLoss(w_move=300.)), "paper": AdaptationStage()})
+STAGES = MappingProxyType({"smoke": AdaptationStage(steps=8), "small": AdaptationStage(steps=45, loss=AdaptationLoss(w_move=300.)), "base": AdaptationStage(steps=150, loss=AdaptationLoss(w_move=300.)), "paper": AdaptationStage()})
 
 # %% ../../nbs/training/adaptation.ipynb #6db4cfaf
 def open_and_closed(
@@ -85,11 +85,12 @@ def adapt(
     need_shape("image", image, f"1 3 {avatar.image.shape[2]} {avatar.image.shape[3]}", "crop and resize it like the source")
     avatar = replace(avatar.detach(), alpha=alpha)
     moves = (open_and_closed(model) if moves is None else moves).to(avatar.planes) if stage.loss.w_move else None
+    half = model.generator.raw_resolution // 2 # is enough to see a mouth open, at a quarter of the time
     def see(feature:Tensor)->tuple[View, Tensor|None]:
         now = model.refit(avatar, feature)
         frame = model.render(now, beta, camera, lattice=0) # exact, with gradients and without
         if moves is None: return View(frame.image, frame.raw, frame.depth), None
-        neutral, *driven = model.render(now, torch.cat([torch.zeros_like(moves[:1]), moves]), camera, lattice=0).image.split(1)
+        neutral, *driven = model.render(now, torch.cat([torch.zeros_like(moves[:1]), moves]), camera, raw_resolution=half, lattice=0).raw.split(1)
         return View(frame.image, frame.raw, frame.depth), torch.cat(driven) - neutral
     modes, free = {m: m.training for m in model.modules()}, [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
