@@ -113,8 +113,10 @@ def chain(
 def driven(
     run:Run,
 )->float: # dB; minus infinity: not measured on videos
-    "Fine pictures of held-out videos, as a stage has left them."
-    return run.read("scores.json").get("after", {}).get("psnr_fine", -math.inf) if run.parameters["stage"] in ("deformation", "hybrid") else -math.inf
+    "Fine pictures of held-out videos, as a stage has left them: the frame, the foreground, and eyes and mouth alike."
+    after, names = run.read("scores.json").get("after", {}), ("psnr_fine", "psnr_fine_mask", "psnr_fine_parts")
+    if run.parameters["stage"] not in ("deformation", "hybrid") or any(n not in after for n in names): return -math.inf
+    return sum(after[n] for n in names) / len(names)
 
 def _learnt_from(run:Run)->str:
     p, parts = run.parameters, []

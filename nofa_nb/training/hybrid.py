@@ -63,7 +63,7 @@ class HybridStage:
 
 STAGES = MappingProxyType({
     "smoke": HybridStage(steps=12, batch=2, lr=2e-4, warm_up=2, ema_half_life=.01, apart=2, identity_size=0), # seconds
-    "small": HybridStage(steps=150, batch=4, precision="bf16-mixed", lr=2e-4, warm_up=20, end=.02, ema_half_life=.2, matrix_lr=.002, apart=4, through=False, window=32, whole_every=12,
+    "small": HybridStage(steps=150, batch=4, precision="bf16-mixed", lr=2e-5, warm_up=20, end=.02, ema_half_life=.2, matrix_lr=.0002, apart=4, through=False, window=32, whole_every=12,
         identity_size=0), # five minutes on one core
     "base": HybridStage(steps=20_000, batch=8, lr=1e-4, warm_up=200, end=.05, ema_half_life=5., apart=4, identity_size=0),
     "paper": HybridStage()})
