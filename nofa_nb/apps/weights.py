@@ -140,7 +140,8 @@ def avatar_weights(
     record = dict(data=each(_learnt_from), recipe=each(lambda r: r.stage["settings"]), time=each(lambda r: facts(r)["time"]),
                   measured={f"{r.parameters['stage']}: {what}": value for r in whole for what, value in numbers(r).items()},
                   use="avatars of faces from one photo, in this project", limits=f"{LIMITS}; show nobody saying or doing what they have not agreed to")
-    return save_avatar_model(folder, model, {**facts(run), **record})
+    asked = {"checkpoint": whole[-1].found.record["hashes"]["weights"]} # of the training that these weights are the outcome of
+    return save_avatar_model(folder, model, {**facts(run), **record, **asked})
 
 # %% ../../nbs/apps/weights.ipynb #7bd76bdd
 PARTS = {"prior": prior_weights, "face3d": expert_weights, "identity": expert_weights, "avatar": avatar_weights}
