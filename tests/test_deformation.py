@@ -29,8 +29,8 @@ def field_of(config=SMOKE, lively=True, seed=0, **options):
     with initial_weights(seed):
         field = DeformationField(config, **options).double()
         if lively:
-            nn.init.normal_(field.d_net.last.weight, std=.1 / math.sqrt(config.deform_width))
-            nn.init.normal_(field.d_net.last.bias, std=.02)
+            nn.init.normal_(field.d_net.last.weight, std=.1 / config.unit / math.sqrt(config.deform_width))
+            nn.init.normal_(field.d_net.last.bias, std=.02 / config.unit)
     return field
 
 
@@ -85,7 +85,8 @@ def plain(field, x, alpha, beta):
     config, parts = field.config, [positional_encoding(x * 2 / field.box_warp, field.config.octaves)]
     if field.use_identity:
         parts.append(alpha[:, None].expand(-1, x.shape[1], -1) / math.sqrt(config.identity_dim))
-    moved = stack(field.d_net, torch.cat([*parts, beta[:, None].expand(-1, x.shape[1], -1)], -1), config.deform_skip)
+    seen = torch.cat([*parts, beta[:, None].expand(-1, x.shape[1], -1)], -1)
+    moved = config.unit * stack(field.d_net, seen, config.deform_skip)
     if field.use_weights:
         moved = torch.sigmoid(stack(field.w_net, torch.cat(parts, -1), None)) * moved
     return x + moved

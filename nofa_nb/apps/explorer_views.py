@@ -179,7 +179,7 @@ def weights_view(
 )->View:
     "W-Net's weights on four planes (Fig. 7 b)."
     weights = weights_on_planes(painter.model.deformation, painter.asked(face, scene, motion).alpha).numpy()
-    figure, most = make_subplots(1, 4, subplot_titles=[f"{d:.1f} in front" for d in DEPTHS], horizontal_spacing=.03), float(weights.max())
+    figure, most = make_subplots(1, 4, subplot_titles=[f"{d:+.2f} in front" for d in DEPTHS], horizontal_spacing=.03), float(weights.max())
     for k, w in enumerate(weights): figure.add_trace(go.Heatmap(z=w.round(4), zmin=0, zmax=most, colorscale="Magma", showscale=k == 3, hovertemplate="%{z:.3f}<extra></extra>"), 1, k + 1)
     figure.update_yaxes(scaleanchor="x", constrain="domain", showticklabels=False, autorange="reversed").update_xaxes(constrain="domain", showticklabels=False)
     for k in range(2, 5): figure.update_yaxes(scaleanchor=f"x{k}", col=k)

@@ -190,7 +190,7 @@ def weights_in_volume(
     weight = deformation.weight(points[None].to(device), alpha.to(device))[0, :, 0].float().cpu()
     return _mean(weight, away < near, away > far)
 
-DEPTHS = (.3, .2, .1, 0.) # world units in front of the pivot: nose, cheeks, eyes, ears
+DEPTHS = (.08, .04, 0., -.1) # world units in front of the pivot: nose, lips, cheeks, ears
 
 @torch.no_grad()
 def weights_on_planes(
