@@ -242,7 +242,7 @@ def draw(
     "A figure of matplotlib; None: a sheet that says so."
     panels = figure.panels if figure else ()
     width = max([_SIDE + _CELL * len(p.columns) + .1 + .7 * bool(p.scale) for p in panels] + [7.])
-    lines = textwrap.wrap(words, round(width * 19))
+    lines = textwrap.wrap(words, round(width * 17.5))
     tall = [_HEAD + .15 + _CELL * len(p.rows) for p in panels] or [.8]
     curves = 1.7 * bool(figure and figure.curves)
     height = sum(tall) + curves + _TEXT * len(lines) + .15
