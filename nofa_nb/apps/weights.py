@@ -130,8 +130,9 @@ def avatar_weights(
 )->Path:
     "Weights of the whole model, after the stage that drives held-out videos best: refinement on the prior's pictures may cost more than it brings."
     whole = chain(run)
-    run = max(reversed(whole), key=driven) # the later of equals
-    sizes, teacher, stages = run.stage["preset"], run.folder/run.parameters["prior"], {r.parameters["stage"]: r for r in chain(run)}
+    best = max(reversed(range(len(whole))), key=lambda k: driven(whole[k])) # the later of equals
+    run, stages = whole[best], {r.parameters["stage"]: r for r in whole[:best + 1]}
+    sizes, teacher = run.stage["preset"], run.folder/run.parameters["prior"]
     known = run.parameters["prior"] and (teacher/INDEX).exists()
     switches = {name: run.parameters.get(name, True) for name in ("use_weights", "use_identity")} # of the ablations
     model = build_avatar_model(_preset_of({"preset": sizes["name"], "config": sizes}), generator=load_generator(teacher) if known else None, **switches)

@@ -86,7 +86,7 @@ class DeformationField(nn.Module):
         beta:Float[Tensor, "b e"],        # expression
     )->Float[Tensor, "b n 3"]:            # Delta x, world units
         "D-Net alone."
-        return self.config.unit * self.d_net([*self._still(points, alpha), self._beta(points, beta)])
+        return self._offset(self._still(points, alpha), points, beta)
 
     def weight(self,
         points:Float[Tensor, "b n 3"],    # x_d, world units
@@ -111,7 +111,7 @@ class DeformationField(nn.Module):
     )->Float[Tensor, "b n 3"]:            # w Delta x, world units
         "How far points move; 0 outside the box."
         still = self._still(points, alpha)
-        moved = self.config.unit * self.d_net([*still, self._beta(points, beta)])
+        moved = self._offset(still, points, beta)
         if self.w_net is not None: moved = self.w_net(still).sigmoid() * moved
         inside = (points.abs() <= self.box_warp / 2).all(-1, keepdim=True)
         return torch.where(inside, moved, 0.).to(points)
@@ -123,6 +123,10 @@ class DeformationField(nn.Module):
         if not self.use_identity: return parts
         need_shape("alpha", alpha, f"{len(points)} {self.config.identity_dim}", "one identity for each face of points")
         return [*parts, alpha[:, None].to(points) / math.sqrt(self.config.identity_dim)]
+
+    def _offset(self, still:list[Tensor], points:Tensor, beta:Tensor)->Tensor:
+        "D-Net's numbers in world units."
+        return self.config.unit * self.d_net([*still, self._beta(points, beta)])
 
     def _beta(self, points:Tensor, beta:Tensor)->Tensor:
         need_shape("beta", beta, f"{len(points)} {self.config.expression_dim}", "one expression for each face of points")
