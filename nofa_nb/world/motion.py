@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'UNIT', 'VISEMES', 'VISEME_OF', 'BILABIALS', 'GAZE_LIMIT', 'GAZE_FULL', 'YAW_LIMIT', 'PITCH_LIMIT', 'FACES',
-           'MOODS', 'row', 'finish', 'Motion', 'step', 'bump', 'Viseme', 'dominance', 'closure', 'visemes', 'opening',
-           'fixations', 'gaze_angles', 'gaze', 'blink_times', 'blinks', 'wander', 'head_angles', 'brows', 'lopsided',
-           'mirror', 'moods', 'sample_speech', 'orbit', 'sample_motion', 'talk', 'still', 'neutral_motion',
+           'MOODS', 'SWAPPED', 'row', 'finish', 'Motion', 'step', 'bump', 'Viseme', 'dominance', 'closure', 'visemes',
+           'opening', 'fixations', 'gaze_angles', 'gaze', 'blink_times', 'blinks', 'wander', 'head_angles', 'brows',
+           'lopsided', 'mirror', 'moods', 'sample_speech', 'orbit', 'sample_motion', 'talk', 'still', 'neutral_motion',
            'unit_sheet', 'sweep', 'sample_expression']
 
 # %% ../../nbs/world/motion.ipynb #65bd6030
@@ -404,11 +404,13 @@ def lopsided(
             out[right if amount > 0 else left] *= 1 - .3 * abs(amount)
     return out
 
+SWAPPED = tuple(UNIT[u.replace("Left", "?").replace("Right", "Left").replace("?", "Right")] for u in UNITS)
+
 def mirror(
     face:Float[np.ndarray, "52"],
 )->Float[np.ndarray, "52"]:
     "The face with left and right exchanged."
-    return face[[UNIT[u.replace("Left", "?").replace("Right", "Left").replace("?", "Right")] for u in UNITS]]
+    return face[list(SWAPPED)]
 
 # %% ../../nbs/world/motion.ipynb #d0ea3b8b
 def moods(
