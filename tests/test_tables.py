@@ -20,6 +20,7 @@ from nofa_nb.core.errors import InputError, MissingResource
 from nofa_nb.core.io import read_json, write_json
 from nofa_nb.core.repro import Result, bootstrap_interval, read_results, write_results
 from nofa_nb.core.weights import save_weights
+from nofa_nb.apps import campaign
 from nofa_nb.evaluation import claims, comparison, report, tables
 from nofa_nb.evaluation.comparison import ByUnit, LeftOut
 from nofa_nb.evaluation.tables import PARTS, TABLES, Column
@@ -29,7 +30,7 @@ TEXTS = {"psnr": "dB, full frame", "ssim": "Gaussian 11x11", "perceptual": "VGG-
          "aed": "M's expression", "apd": "M's angles", "csim_dlib": "cosine, dlib ResNet (independent)",
          "frechet_DCT-104": "DCT-104, 24 pictures"}
 RUNS = {"ours": ("coarse", "fine"), "nofa": ("result",), "facevid2vid": ("result",), "no-hybrid": ("fine",),
-        "no-weights": ("fine",), "no-identity": ("fine",)}
+        "no-weights": ("fine",), "no-identity": ("fine",), "hybrid": ("fine",)}
 PEOPLE = [f"p{i}" for i in range(10)]
 
 
@@ -481,3 +482,30 @@ def test_what_is_missing_is_planned_and_nothing_else(tmp_path):
     counts = dict(re.findall(r"^(evaluate|table|tables) +(\d+)$", text, re.M))
     assert counts == {"evaluate": "1", "table": "1", "tables": "1"}, text[-2000:]
     assert "self-no-hybrid.json" in text
+
+
+@pytest.mark.skipif(shutil.which("snakemake") is None and not (Path(sys.executable).parent / "snakemake").exists(),
+                    reason="Snakemake is not installed")
+def test_ablations_and_baselines_start_from_the_campaign(tmp_path):
+    "Every command finds prior, F and checkpoints where `nofa train` writes them."
+    root, weights, plan = tmp_path / "train", tmp_path / "weights", campaign.read_plan("smoke")
+    for step in ("detail", "deformation", "hybrid"):
+        (root / "smoke" / step).mkdir(parents=True)
+        (root / "smoke" / step / "done.json").write_text("{}")
+    command = [sys.executable, "-m", "snakemake", "-s", "workflow/comparison.smk", "--cores", "1", "-n", "-p", "--nolock",
+               "--rerun-triggers", "mtime", "--config", "preset=smoke", f"root={root}", f"weights={weights}", "--",
+               "comparison"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = done.stdout + done.stderr
+    for part in PARTS.values():
+        assert part == "avatar" or f"{weights}/{part}" in text, part
+    trainings = re.findall(r"--cwd (\S+) .*?-p prior (\S+) -p identity (\S+)(?: -p before (\S+))?", text)
+    assert len(trainings) == 6  # two stages of two ablations, and two baselines
+    given = plan.given("hybrid")
+    there = {name: (root / "smoke" / "hybrid" / given[name]).resolve() for name in ("prior", "identity")}
+    for folder, prior, identity, before in trainings:
+        assert (Path(folder) / prior).resolve() == there["prior"]
+        assert (Path(folder) / identity).resolve() == there["identity"]
+        if before:
+            assert (Path(folder) / before).resolve().is_relative_to(root / "smoke")

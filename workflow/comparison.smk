@@ -30,7 +30,7 @@ def own(part):
 
 rule comparison:
     input:
-        [own(a["part"]) for a in C_ABLATIONS if a["run"] != "ours"],
+        [own(a["part"]) for a in C_ABLATIONS if a["part"] != "avatar"],
         [own(method) for method in ("nofa", "facevid2vid")],
 
 
@@ -50,16 +50,16 @@ for a in C_ABLATIONS:
                 shell:
                     "mkdir -p {params.folder} && env OMP_NUM_THREADS={threads} {C_PAPERMILL} nbs/runs/train_stage.ipynb"
                     " {params.folder}/train_stage.ipynb --cwd {params.folder} -p stage {params.stage} -p preset {C_PRESET} -p out ."
-                    " -p data ../../data -p prior ../../weights/prior -p identity ../../weights/identity -p before {params.before}"
+                    " -p data ../../data -p prior ../../weights/{C_PRESET}/prior -p identity ../../weights/{C_PRESET}/identity -p before {params.before}"
                     " {params.given} {params.other} {params.save}"
-    elif a["run"] != "ours":
+    elif a["part"] != "avatar":
         rule:
             name: a["run"].replace("-", "_")
             input: ancient(f"{C_HERE}/{a['before']}/done.json")
             output: own(a["part"])
             params: run=f"{C_HERE}/{a['before']}", folder=f"{C_WEIGHTS}/{a['part']}"
             shell:
-                "{sys.executable} -c \"from nofa_nb.apps.weights import export_weights as e; e('avatar', '{params.run}', '{params.folder}')\""
+                "{sys.executable} -c \"from nofa_nb.apps.weights import export_weights as e; e('avatar', '{params.run}', '{params.folder}', last=True)\""
 
 
 rule baseline:
@@ -71,4 +71,4 @@ rule baseline:
     shell:
         "mkdir -p {params.folder} && env OMP_NUM_THREADS={threads} {C_PAPERMILL} nbs/runs/train_baseline.ipynb"
         " {params.folder}/train_baseline.ipynb --cwd {params.folder} -p method {wildcards.method} -p preset {C_PRESET} -p out ."
-        " -p data ../data -p prior ../weights/prior -p identity ../weights/identity {params.given} -p save '{params.save}'"
+        " -p data ../data -p prior ../weights/{C_PRESET}/prior -p identity ../weights/{C_PRESET}/identity {params.given} -p save '{params.save}'"

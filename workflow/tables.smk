@@ -25,7 +25,7 @@ T_PLAN = yaml.safe_load(Path(f"configs/tables/{T_PRESET}.yaml").read_text("utf-8
 T_RUNS = {  # table: protocol and run of its rows; held against nofa_nb.evaluation.tables by a test
     1: [("self", "facevid2vid"), ("self", "nofa"), ("self", "ours"), ("cross", "facevid2vid"), ("cross", "nofa"), ("cross", "ours")],
     2: [],
-    3: [("self", "no-hybrid"), ("self", "ours")],
+    3: [("self", "no-hybrid"), ("self", "hybrid")],
     4: [("self", "ours")],
     5: [("self", "no-weights"), ("self", "no-identity"), ("self", "ours")],
 }

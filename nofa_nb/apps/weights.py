@@ -127,10 +127,11 @@ def _learnt_from(run:Run)->str:
 def avatar_weights(
     run:Run,         # of the last stage
     folder:str|Path, # made, or replaced
+    last:bool=False, # as the last stage left them, for comparison
 )->Path:
     "Weights of the whole model, after the stage that drives held-out videos best: refinement on the prior's pictures may cost more than it brings."
     whole = chain(run)
-    best = max(reversed(range(len(whole))), key=lambda k: driven(whole[k])) # the later of equals
+    best = len(whole) - 1 if last else max(reversed(range(len(whole))), key=lambda k: driven(whole[k])) # the later of equals
     run, stages = whole[best], {r.parameters["stage"]: r for r in whole[:best + 1]}
     sizes, teacher = run.stage["preset"], run.folder/run.parameters["prior"]
     known = run.parameters["prior"] and (teacher/INDEX).exists()
@@ -151,10 +152,11 @@ def export_weights(
     part:str,        # prior, face3d, identity or avatar
     run:str|Path,    # folder of the training; of the avatar's last stage
     folder:str|Path, # made, or replaced
+    **how,           # `last` of `avatar_weights`
 )->Path:             # the folder
     "Weights of a training that is over."
     need(part in PARTS, "part", f"one of {', '.join(PARTS)}", repr(part))
     found = read_run(run)
     made = "prior" if "prior" in found.stage else found.parameters.get("which", "avatar")
     need(made == part, "run", f"a training of {part}", f"one of {made} in {run}")
-    return PARTS[part](found, folder)
+    return PARTS[part](found, folder, **how)

@@ -27,6 +27,7 @@ from ..geometry.cameras import PIVOT, Camera
 from ..geometry.rays import rays
 from ..models.avatar import Avatar, AvatarModel
 from ..models.deformation import DeformationField
+from ..training.adaptation import OPEN_AND_CLOSED
 from ..world.bust import dress, sample_person, texture_size
 from ..world.head import Head, load_head
 from ..world.motion import UNIT, sample_expression
@@ -221,7 +222,7 @@ def points_apart(
     return (mine - points).norm(dim=-1) / (points[:, 1] - points[:, 0]).norm(dim=-1, keepdim=True).clamp(min=1e-6)
 
 # %% ../../nbs/evaluation/avatar.ipynb #1d990e54
-MOVES = {"neutral": {}, "mouth open": {"jawOpen": .7}, "eyes closed": {"eyeBlinkLeft": 1., "eyeBlinkRight": 1.}, "smile": {"mouthSmileLeft": .8, "mouthSmileRight": .8}}
+MOVES = {"neutral": {}, **OPEN_AND_CLOSED, "smile": {"mouthSmileLeft": .8, "mouthSmileRight": .8}}
 
 class Moves(NamedTuple):
     "An avatar put through its paces."

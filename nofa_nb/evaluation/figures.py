@@ -52,7 +52,7 @@ FIGURES = MappingProxyType({
     8: Subject("Canonical space, coarse to fine", "canonical renders of the coarse and the fine volume: all with one aligned expression, and the fine ones with more texture and identity.",
                "the canonical volumes of sources with different expressions, seen from the source's camera.", ("ours",), ("cross",)),
     9: Subject("Training with hybrid data", "reenactment without and with the refinement training; it finds quality and identity much improved by it.",
-               "self-reenactment, where the driver is the truth, by the model before and after the hybrid stage.", ("ours", "no-hybrid"), ("self",)),
+               "self-reenactment, where the driver is the truth, by the model before and after the hybrid stage.", ("no-hybrid", "hybrid"), ("self",)),
     10: Subject("Fast adaptation", "a source with heavy make-up, where adapting F_e improves a poor reconstruction.",
                 "sources far from the training data, through the model as it is and adapted (Eq. 14), from the source's side and from another; below, the loss.", ("ours", "face3d"), ("cross",)),
     11: Subject("User study", "how often people preferred each method; it finds its own chosen by most.", missing="a user study needs people, and none was held"),

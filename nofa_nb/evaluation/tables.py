@@ -87,13 +87,13 @@ TABLES = MappingProxyType({t.number: t for t in (
         Row("HideNeRF", "HideNeRF [62]"), Row("Real3D", "Real3D [71]"), Row("VOODOO3D", "VOODOO3D [72]"), Row("NOFA", "NOFA [31]", "nofa"), Row("Ours", "Ours", *_OURS))),
     Layout(2, "Audio-driven avatar synthesis", _columns("audio", "FID", "CSIM", "AED", "APD"), (
         Row("SadTalker", "SadTalker [73]"), Row("Real3D", "Real3D [71]"), Row("Ours", "Ours", *_OURS, False))),
-    Layout(3, "Training with hybrid data", _columns("self", *_QUALITY), (Row("w/o", "w/o hybrid data", "no-hybrid", "fine"), Row("w/", "w/ hybrid data", *_OURS))),
+    Layout(3, "Training with hybrid data", _columns("self", *_QUALITY), (Row("w/o", "w/o hybrid data", "no-hybrid", "fine"), Row("w/", "w/ hybrid data", "hybrid", "fine"))),
     Layout(4, "Coarse-to-fine generation", _columns("self", *_QUALITY), (Row("coarse", "coarse", "ours", "coarse"), Row("fine", "fine", *_OURS))),
     Layout(5, "Weighting network and identity condition", _columns("self", "AED", "CSIM"), (
         Row("w/o weights", "w/o weighting network", "no-weights", "fine"), Row("w/o identity", "w/o identity condition", "no-identity", "fine"), Row("full", "full", *_OURS))))})
 
-PARTS = MappingProxyType({"ours": "avatar", "no-hybrid": "avatar-no-hybrid", "no-weights": "avatar-no-weights", "no-identity": "avatar-no-identity",
-                          "nofa": "nofa", "facevid2vid": "facevid2vid"}) # weights of each run
+PARTS = MappingProxyType({"ours": "avatar", "no-hybrid": "avatar-no-hybrid", "hybrid": "avatar-hybrid", "no-weights": "avatar-no-weights",
+                          "no-identity": "avatar-no-identity", "nofa": "nofa", "facevid2vid": "facevid2vid"}) # weights of each run
 
 # %% ../../nbs/evaluation/tables.ipynb #06a23315
 _WAYS = {"FID": ("fid", "frechet"), "LPIPS": ("lpips", "perceptual"), "PSNR": ("psnr",), "SSIM": ("ssim",), "CSIM": ("csim",), "AED": ("aed",), "APD": ("apd",)}

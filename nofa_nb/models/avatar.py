@@ -349,7 +349,10 @@ def load_avatar_model(
 
 
 def _preset_of(record:Mapping)->Preset:
-    "The preset that a model was built with: named, with what was changed."
+    "The preset that a model was built with. A setting that came later has the value of its class, which is how things were before it; never today's of the preset."
     p, as_stored = preset_named(record["preset"]), lambda v: tuple(v) if isinstance(v, list) else v
     groups = {g: values for g, values in record["config"].items() if isinstance(values, dict)}
-    return replace(p, **{g: replace(getattr(p, g), **{k: as_stored(v) for k, v in values.items()}) for g, values in groups.items()})
+    for g, values in groups.items():
+        known = [field.name for field in fields(getattr(p, g))] if hasattr(p, g) else []
+        need(set(values) <= set(known), f"{g} in the record of the weights", f"made of {', '.join(known) or 'nothing'}", sorted(set(values) - set(known)), "take a version of this software that is as new as the weights")
+    return replace(p, **{g: type(getattr(p, g))(**{k: as_stored(v) for k, v in values.items()}) for g, values in groups.items()})
