@@ -73,7 +73,7 @@ def test_a_baseline_has_as_many_steps_as_nofa_plus_plus(name):
     r, d, m, h = (stage.STAGES[name] for stage in (reconstruction, detail, deformation, hybrid))
     synthetic, video = BUDGETS[name]["synthetic"], BUDGETS[name]["video"]
     assert (synthetic.steps, video.steps) == (r.steps + d.steps, m.steps + h.steps)
-    assert (synthetic.batch, video.batch) == (r.batch, m.batch) and video.apart == m.apart
+    assert (synthetic.batch, video.batch) == (r.batch, m.batch) and (video.apart, video.far) == (m.apart, m.far)
     for mine, theirs in ((synthetic, r), (video, m)):
         assert (mine.warm_up, mine.end, mine.ema_half_life) == (theirs.warm_up, theirs.end, theirs.ema_half_life)
 

@@ -88,7 +88,7 @@ def stages(name, model, pairs, videos, **changes):
     F = Recogniser()
     if name == "deformation":
         s = {**dict(w_shape=1., apart=1), **s}
-        face, s = load_head().model, deformation.DeformationStage(**s)
+        face, s = load_head(), deformation.DeformationStage(**s)
         return deformation.Deformation(s, model, videos, absolute, F, face, videos, measured=2)
     s = hybrid.HybridStage(**{**dict(apart=1), **s})
     return hybrid.Hybrid(s, model, pairs, videos, absolute, F, videos, measured=2)

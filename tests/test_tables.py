@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
+from nofa_nb.apps import campaign
 from nofa_nb.core.errors import InputError, MissingResource
 from nofa_nb.core.io import read_json, write_json
 from nofa_nb.core.repro import Result, bootstrap_interval, read_results, write_results
 from nofa_nb.core.weights import save_weights
-from nofa_nb.apps import campaign
 from nofa_nb.evaluation import claims, comparison, report, tables
 from nofa_nb.evaluation.comparison import ByUnit, LeftOut
 from nofa_nb.evaluation.tables import PARTS, TABLES, Column
@@ -492,9 +492,9 @@ def test_ablations_and_baselines_start_from_the_campaign(tmp_path):
     for step in ("detail", "deformation", "hybrid"):
         (root / "smoke" / step).mkdir(parents=True)
         (root / "smoke" / step / "done.json").write_text("{}")
-    command = [sys.executable, "-m", "snakemake", "-s", "workflow/comparison.smk", "--cores", "1", "-n", "-p", "--nolock",
-               "--rerun-triggers", "mtime", "--config", "preset=smoke", f"root={root}", f"weights={weights}", "--",
-               "comparison"]
+    command = [sys.executable, "-m", "snakemake", "-s", "workflow/comparison.smk", "--cores", "1", "-n", "-p",
+               "--nolock", "--rerun-triggers", "mtime", "--config", "preset=smoke", f"root={root}", f"weights={weights}",
+               "--", "comparison"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     text = done.stdout + done.stderr

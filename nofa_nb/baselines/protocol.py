@@ -76,10 +76,11 @@ class Budget:
     end:float = 1.     # of the rate at the last step, by a cosine; 1: constant
     ema_half_life:float = 10. # thousand images
     apart:int = 8      # held frames between source and target, at least
+    far:float = 0.     # share of targets that are drawn by their expression
 
     def __post_init__(self):
         need(self.steps >= 1 and self.batch >= 1, "steps, batch", "at least 1", (self.steps, self.batch))
-        need(min(self.warm_up, self.end, self.ema_half_life, self.apart) >= 0, "warm_up, end, ema_half_life, apart", "0 or more", self)
+        need(min(self.warm_up, self.end, self.ema_half_life, self.apart, self.far) >= 0, "warm_up, end, ema_half_life, apart, far", "0 or more", self)
 
     def rate(self,
         step:int, # finished before this one
@@ -90,9 +91,9 @@ class Budget:
 
 PHASES = ("synthetic", "video")
 BUDGETS = MappingProxyType({name: MappingProxyType(dict(zip(PHASES, phases))) for name, phases in {
-    "smoke": (Budget(50, 2, 2, ema_half_life=.01), Budget(32, 2, 2, ema_half_life=.01, apart=2)), # seconds
-    "small": (Budget(3500, 16, 100, .02, 2.), Budget(6150, 4, 100, .02, 2., 4)),
-    "base": (Budget(80_000, 16, 500, .05, 5.), Budget(80_000, 8, 500, .05, 5., 4)),
+    "smoke": (Budget(50, 2, 2, ema_half_life=.01), Budget(32, 2, 2, ema_half_life=.01, apart=2, far=.5)), # seconds
+    "small": (Budget(3500, 16, 100, .02, 2.), Budget(6150, 4, 100, .02, 2., 4, .5)),
+    "base": (Budget(80_000, 16, 500, .05, 5.), Budget(80_000, 8, 500, .05, 5., 4, .5)),
     "paper": (Budget(1_200_000, 4), Budget(1_200_000, 4))}.items()})
 
 # %% ../../nbs/baselines/protocol.ipynb #114eb1f8

@@ -93,6 +93,7 @@ class VideoSet:
         samples:range, # sample numbers
         seed:int,
         apart:int=8,   # held frames between source and target
+        far:float=0.,  # share of the pairs whose target is drawn by its expression: the farther from the source's, the likelier
     )->tuple[list[int], list[int]]: # frames: sources, targets
         "Which frames make the pairs of some samples."
         n, chosen = self.clips, []
@@ -102,16 +103,21 @@ class VideoSet:
             away, g = min(apart, count // 2), generator(seed, "frames", i)
             source = int(torch.randint(count, (), generator=g))
             others = [k for k in range(count) if abs(k - source) >= away]
-            chosen.append((first + source, first + others[int(torch.randint(len(others), (), generator=g))]))
+            if far and float(torch.rand((), generator=g)) < far:
+                change = (self.beta[first + torch.tensor(others)] - self.beta[first + source]).abs().amax(1)
+                k = int(torch.multinomial(change.double().square() + 1e-9, 1, generator=g))
+            else: k = int(torch.randint(len(others), (), generator=g))
+            chosen.append((first + source, first + others[k]))
         return [s for s, _ in chosen], [t for _, t in chosen]
 
     def pairs(self,
         samples:range,
         seed:int,
         apart:int=8,
+        far:float=0.,
     )->VideoPairs:
         "Source and target frames of some samples."
-        return self.at(*self.choose(samples, seed, apart))
+        return self.at(*self.choose(samples, seed, apart, far))
 
     def at(self,
         source:list[int], # frames

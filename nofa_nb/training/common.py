@@ -353,7 +353,7 @@ class SyntheticStage(AvatarStage):
 class VideoStage(AvatarStage):
     "A stage that learns from videos."
     def __init__(self,
-        stage:object,                  # settings: those of `AvatarStage`, apart, window, whole_every, identity_size
+        stage:object,                  # settings: those of `AvatarStage`, apart, far, window, whole_every, identity_size
         model:AvatarModel,
         data_hash:str,
         videos:VideoSet,
@@ -374,7 +374,7 @@ class VideoStage(AvatarStage):
         turn:int,      # steps on videos before this one
     )->tuple[VideoPairs, Window, Tensor]:
         "Pairs, windows around a part of the face, and which."
-        pairs = self.videos.pairs(samples, seed, self.stage.apart)
+        pairs = self.videos.pairs(samples, seed, self.stage.apart, self.stage.far)
         return pairs, *window_on_part(samples, seed, pairs.boxes, pairs.target.shape[-1], self.side(turn))
 
     def drive(self,

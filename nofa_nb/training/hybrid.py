@@ -50,6 +50,7 @@ class HybridStage:
     synthetic:SyntheticLoss = field(default_factory=SyntheticLoss) # Eq. 9
     video:HybridLoss   = field(default_factory=HybridLoss) # Eq. 11 and 12 with 2.0 and 1.0
     apart:int          = 8       # held frames between source and target, at least; ours
+    far:float          = 0.      # share of the targets that are drawn by how far their expression is from the source's; ours
     through:bool       = True    # on synthetic pairs: gradients through the coarse picture that the residual is taken from
     window:int         = 0       # side of what is rendered, raw pixels; 0: whole pictures; ours
     whole_every:int    = 0       # steps of a kind from one whole picture to the next; 0: never; ours
@@ -58,14 +59,15 @@ class HybridStage:
     def __post_init__(self):
         need(self.videos >= 1, "videos", "at least 1 step", self.videos)
         for name in ("window", "whole_every", "apart"): need(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        need(0 <= self.far <= 1, "far", "from 0 to 1", self.far)
         alone = self.window and not self.video.w_bbox and not self.video.w_rec
         need(not alone, "video", "with w_bbox or w_rec above 0 where there are windows", self.video)
 
 STAGES = MappingProxyType({
-    "smoke": HybridStage(steps=12, batch=2, lr=2e-4, warm_up=2, ema_half_life=.01, apart=2, identity_size=0), # seconds
-    "small": HybridStage(steps=150, batch=4, precision="bf16-mixed", lr=2e-5, warm_up=20, end=.02, ema_half_life=.2, matrix_lr=.0002, apart=4, through=False, window=32, whole_every=12,
+    "smoke": HybridStage(steps=12, batch=2, lr=2e-4, warm_up=2, ema_half_life=.01, apart=2, far=.5, identity_size=0), # seconds
+    "small": HybridStage(steps=150, batch=4, precision="bf16-mixed", lr=2e-5, warm_up=20, end=.02, ema_half_life=.2, matrix_lr=.0002, apart=4, far=.5, through=False, window=32, whole_every=12,
         identity_size=0), # five minutes on one core
-    "base": HybridStage(steps=20_000, batch=8, lr=1e-4, warm_up=200, end=.05, ema_half_life=5., apart=4, identity_size=0),
+    "base": HybridStage(steps=20_000, batch=8, lr=1e-4, warm_up=200, end=.05, ema_half_life=5., apart=4, far=.5, identity_size=0),
     "paper": HybridStage()})
 
 # %% ../../nbs/training/hybrid.ipynb #db25e048
