@@ -493,8 +493,8 @@ def test_ablations_and_baselines_start_from_the_campaign(tmp_path):
         (root / "smoke" / step).mkdir(parents=True)
         (root / "smoke" / step / "done.json").write_text("{}")
     command = [sys.executable, "-m", "snakemake", "-s", "workflow/comparison.smk", "--cores", "1", "-n", "-p",
-               "--nolock", "--rerun-triggers", "mtime", "--config", "preset=smoke", f"root={root}", f"weights={weights}",
-               "--", "comparison"]
+               "--nolock", "--rerun-triggers", "mtime", "--config", "preset=smoke", f"root={root}",
+               f"weights={weights}", "--", "comparison"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     text = done.stdout + done.stderr
