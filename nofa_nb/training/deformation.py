@@ -106,6 +106,8 @@ class FacePoints(nn.Module):
         shut = beta[:, [UNIT["eyeBlinkLeft"], UNIT["eyeBlinkRight"]]] @ self.lids
         return chance * (1 - 1.5 * shut).clamp(0, 1)
 
+
+# %% ../../nbs/training/deformation.ipynb #60221fd5
 def shape_loss(
     deformation:DeformationField,
     face:FacePoints,
