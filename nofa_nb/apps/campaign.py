@@ -35,7 +35,7 @@ GRAPH = {
     "portraits": Step("render_world", (), dict(what="portraits", out="."), "pictures of people, for the prior and the experts", priority=9),
     "prior": Step("train_prior", ("portraits",), dict(out=".", portraits="../portraits", save=WEIGHTS + "prior"), "the 3D generator that everything else starts from", "prior", 8),
     "identity": Step("train_experts", ("portraits",), dict(_EXPERT, which="identity", save=WEIGHTS + "identity"), "F, who somebody is", "identity", 7),
-    "face3d": Step("train_experts", ("portraits",), dict(_EXPERT, which="face3d", save=WEIGHTS + "face3d"), "M, shape, expression and camera of a face", "face3d", 6),
+    "face3d": Step("train_experts", ("portraits",), dict(_EXPERT, which="face3d", save=WEIGHTS + "face3d"), "M, shape, expression and camera of a face", "face3d", 4),
     "clips": Step("render_world", (), dict(what="clips", out=".", store="../data"), "talking clips, for the stages on videos", priority=5),
     "reconstruction": Step("train_stage", ("prior",), dict(_STAGE, stage="reconstruction"), "the encoder (Sec. 3.4)", priority=8),
     "detail": Step("train_stage", ("reconstruction",), dict(_STAGE, stage="detail", before="../reconstruction"), "detail network and fusion (Sec. 3.4)", priority=8),
