@@ -27,10 +27,9 @@ from ..geometry.cameras import PIVOT, Camera
 from ..geometry.rays import rays
 from ..models.avatar import Avatar, AvatarModel
 from ..models.deformation import DeformationField
-from ..training.adaptation import OPEN_AND_CLOSED
 from ..world.bust import dress, sample_person, texture_size
 from ..world.head import Head, load_head
-from ..world.motion import UNIT, sample_expression
+from ..world.motion import OPEN_AND_CLOSED, UNIT, sample_expression
 from ..world.portraits import render
 
 # %% ../../nbs/evaluation/avatar.ipynb #3b398fbf

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'UNIT', 'VISEMES', 'VISEME_OF', 'BILABIALS', 'GAZE_LIMIT', 'GAZE_FULL', 'YAW_LIMIT', 'PITCH_LIMIT', 'FACES',
-           'MOODS', 'SWAPPED', 'row', 'finish', 'Motion', 'step', 'bump', 'Viseme', 'dominance', 'closure', 'visemes',
-           'opening', 'fixations', 'gaze_angles', 'gaze', 'blink_times', 'blinks', 'wander', 'head_angles', 'brows',
-           'lopsided', 'mirror', 'moods', 'sample_speech', 'orbit', 'sample_motion', 'talk', 'still', 'neutral_motion',
-           'unit_sheet', 'sweep', 'sample_expression']
+           'MOODS', 'OPEN_AND_CLOSED', 'SWAPPED', 'row', 'finish', 'Motion', 'step', 'bump', 'Viseme', 'dominance',
+           'closure', 'visemes', 'opening', 'fixations', 'gaze_angles', 'gaze', 'blink_times', 'blinks', 'wander',
+           'head_angles', 'brows', 'lopsided', 'mirror', 'moods', 'sample_speech', 'orbit', 'sample_motion', 'talk',
+           'still', 'neutral_motion', 'unit_sheet', 'sweep', 'sample_expression']
 
 # %% ../../nbs/world/motion.ipynb #65bd6030
 import json
@@ -390,6 +390,7 @@ sideways | jawLeft=.6 jawOpen=.2 mouthLeft=.3
 """.strip().split("\n") for name, face in [line.split(" | ")]}
 MOODS = {"neutral": (), "happy": ("smile", "polite", "smile", "joy"), "serious": ("concentration", "doubt"), "sad": ("sadness",),
          "angry": ("anger",), "surprised": ("surprise", "doubt"), "mixed": ("smile", "polite", "smile", "concentration", "doubt", "sadness", "surprise")}
+OPEN_AND_CLOSED = {"mouth open": {"jawOpen": .7}, "eyes closed": {"eyeBlinkLeft": 1., "eyeBlinkRight": 1.}} # what an avatar is tried with, in single units
 _SIDES = [(UNIT[u], UNIT[u.replace("Left", "Right")]) for u in UNITS if u.endswith("Left") and u not in ("jawLeft", "mouthLeft")]
 
 
