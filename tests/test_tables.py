@@ -456,8 +456,18 @@ def test_plans_and_ablations_fit_notebooks_and_tables():
     assert rows == {k: v for k, v in wanted.items() if v != ("ours", "fine")}
 
 
-@pytest.mark.skipif(shutil.which("snakemake") is None and not (Path(sys.executable).parent / "snakemake").exists(),
-                    reason="Snakemake is not installed")
+def planned(workflow, target, *options, **config):
+    "What Snakemake would do, in its words."
+    if shutil.which("snakemake") is None and not (Path(sys.executable).parent / "snakemake").exists():
+        pytest.skip("Snakemake is not installed")
+    command = [sys.executable, "-m", "snakemake", "-s", f"workflow/{workflow}.smk", "--cores", "1", "-n", *options,
+               "--nolock", "--rerun-triggers", "mtime", "--config", "preset=smoke",
+               *(f"{name}={value}" for name, value in config.items()), "--", target]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
 def test_what_is_missing_is_planned_and_nothing_else(tmp_path):
     "One result is missing: one measurement, one table, and the look over all."
     results, out = tmp_path / "results", tmp_path / "out"
@@ -473,31 +483,19 @@ def test_what_is_missing_is_planned_and_nothing_else(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("")
     (results / "smoke" / "self-no-hybrid.json").unlink()
-    command = [sys.executable, "-m", "snakemake", "-s", "workflow/tables.smk", "--cores", "1", "-n", "--nolock",
-               "--rerun-triggers", "mtime", "--config", "preset=smoke", f"results={results}", f"out={out}", "--",
-               "tables"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    text = done.stdout + done.stderr
+    text = planned("tables", "tables", results=results, out=out)
     counts = dict(re.findall(r"^(evaluate|table|tables) +(\d+)$", text, re.M))
     assert counts == {"evaluate": "1", "table": "1", "tables": "1"}, text[-2000:]
     assert "self-no-hybrid.json" in text
 
 
-@pytest.mark.skipif(shutil.which("snakemake") is None and not (Path(sys.executable).parent / "snakemake").exists(),
-                    reason="Snakemake is not installed")
 def test_ablations_and_baselines_start_from_the_campaign(tmp_path):
     "Every command finds prior, F and checkpoints where `nofa train` writes them."
     root, weights, plan = tmp_path / "train", tmp_path / "weights", campaign.read_plan("smoke")
     for step in ("detail", "deformation", "hybrid"):
         (root / "smoke" / step).mkdir(parents=True)
         (root / "smoke" / step / "done.json").write_text("{}")
-    command = [sys.executable, "-m", "snakemake", "-s", "workflow/comparison.smk", "--cores", "1", "-n", "-p",
-               "--nolock", "--rerun-triggers", "mtime", "--config", "preset=smoke", f"root={root}",
-               f"weights={weights}", "--", "comparison"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    text = done.stdout + done.stderr
+    text = planned("comparison", "comparison", "-p", root=root, weights=weights)
     for part in PARTS.values():
         assert part == "avatar" or f"{weights}/{part}" in text, part
     trainings = re.findall(r"--cwd (\S+) .*?-p prior (\S+) -p identity (\S+)(?: -p before (\S+))?", text)

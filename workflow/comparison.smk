@@ -59,7 +59,7 @@ for a in C_ABLATIONS:
             output: own(a["part"])
             params: run=f"{C_HERE}/{a['before']}", folder=f"{C_WEIGHTS}/{a['part']}"
             shell:
-                "{sys.executable} -c \"from nofa_nb.apps.weights import export_weights as e; e('avatar', '{params.run}', '{params.folder}', last=True)\""
+                "{sys.executable} -c \"from nofa_nb.apps.weights import avatar_weights, read_run; avatar_weights(read_run('{params.run}'), '{params.folder}', last=True)\""
 
 
 rule baseline:

@@ -152,11 +152,10 @@ def export_weights(
     part:str,        # prior, face3d, identity or avatar
     run:str|Path,    # folder of the training; of the avatar's last stage
     folder:str|Path, # made, or replaced
-    **how,           # `last` of `avatar_weights`
 )->Path:             # the folder
     "Weights of a training that is over."
     need(part in PARTS, "part", f"one of {', '.join(PARTS)}", repr(part))
     found = read_run(run)
     made = "prior" if "prior" in found.stage else found.parameters.get("which", "avatar")
     need(made == part, "run", f"a training of {part}", f"one of {made} in {run}")
-    return PARTS[part](found, folder, **how)
+    return PARTS[part](found, folder)

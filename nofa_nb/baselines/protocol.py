@@ -80,7 +80,8 @@ class Budget:
 
     def __post_init__(self):
         need(self.steps >= 1 and self.batch >= 1, "steps, batch", "at least 1", (self.steps, self.batch))
-        need(min(self.warm_up, self.end, self.ema_half_life, self.apart, self.far) >= 0, "warm_up, end, ema_half_life, apart, far", "0 or more", self)
+        need(min(self.warm_up, self.end, self.ema_half_life, self.apart) >= 0, "warm_up, end, ema_half_life, apart", "0 or more", self)
+        need(0 <= self.far <= 1, "far", "from 0 to 1", self.far)
 
     def rate(self,
         step:int, # finished before this one

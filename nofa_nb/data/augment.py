@@ -21,7 +21,7 @@ from ..core.errors import need
 from .rays import RaySet
 from ..geometry.cameras import Camera
 from ..world.head import load_head
-from ..world.motion import SWAPPED, UNIT, UNITS
+from ..world.motion import SWAPPED
 
 # %% ../../nbs/data/augment.ipynb #f7dfd3d5
 class Faces(NamedTuple):

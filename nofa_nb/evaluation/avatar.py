@@ -29,7 +29,7 @@ from ..models.avatar import Avatar, AvatarModel
 from ..models.deformation import DeformationField
 from ..world.bust import dress, sample_person, texture_size
 from ..world.head import Head, load_head
-from ..world.motion import OPEN_AND_CLOSED, UNIT, sample_expression
+from ..world.motion import OPEN_AND_CLOSED, UNIT, row, sample_expression
 from ..world.portraits import render
 
 # %% ../../nbs/evaluation/avatar.ipynb #3b398fbf
@@ -249,8 +249,7 @@ def put_through(
     rows = [(name, units, 0.) for name, units in MOVES.items()] + [(f"yaw {d:+.0f}", {}, d) for d in (-yaw, yaw)]
     device, pictures = avatar.planes.device, []
     for _, units, degrees in rows:
-        beta = torch.zeros(1, len(UNIT), device=device)
-        for unit, value in units.items(): beta[0, UNIT[unit]] = value
+        beta = torch.tensor(row(units), dtype=torch.float32, device=device)[None]
         pictures.append(model.render(avatar, beta, Camera.orbit(float(np.radians(degrees)), 0.).to(device)).image.float().cpu().clamp(-1, 1))
     image = torch.cat(pictures)
     return Moves([name for name, _, _ in rows], image, ask(face3d, image))

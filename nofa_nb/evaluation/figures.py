@@ -35,7 +35,7 @@ class Subject(NamedTuple):
     title:str
     shows:str                   # in the paper, and what it finds there
     here:str = ""               # what is drawn here
-    runs:tuple[str, ...] = ()   # whose weights are needed; the first is required
+    runs:tuple[str, ...] = ()   # that are drawn; without weights of "ours" or of "face3d" there is no figure, another is "not run"
     lists:tuple[str, ...] = ()  # test lists that sources and drivers are from
     missing:str = ""            # why it is not run at all
 

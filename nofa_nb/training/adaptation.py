@@ -21,7 +21,7 @@ from ..geometry.cameras import Camera
 from ..models.avatar import Avatar, AvatarModel
 from .loop import cosine
 from .losses import AdaptationLoss, Perceptual, View, adaptation_losses
-from ..world.motion import OPEN_AND_CLOSED, UNIT
+from ..world.motion import OPEN_AND_CLOSED, UNIT, row
 
 # %% ../../nbs/training/adaptation.ipynb #04d63116
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def open_and_closed(
     "An open jaw, and closed eyes."
     e = model.deformation.config.expression_dim
     need(e == len(UNIT), "moves", f"given for a model of {e} numbers of expression, as w_move is above 0", "None", "name expressions, or take w_move 0")
-    return torch.tensor([[units.get(u, 0.) for u in UNIT] for units in OPEN_AND_CLOSED.values()])
+    return torch.stack([torch.tensor(row(units), dtype=torch.float32) for units in OPEN_AND_CLOSED.values()])
 
 # %% ../../nbs/training/adaptation.ipynb #69c03541
 @dataclass(frozen=True, eq=False)

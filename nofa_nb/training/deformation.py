@@ -81,9 +81,8 @@ class FacePoints(nn.Module):
         for name, t in dict(mean=model.mean[inside], id_basis=model.id_basis[:, inside], exp_basis=model.exp_basis[:, inside]).items():
             self.register_buffer(name, t)
         behind = torch.isin(inside, head.in_region("eye", "lash"))
-        lids = torch.zeros(2, len(inside))
-        lids[0, behind & (self.mean[:, 0] > 0)] = lids[1, behind & (self.mean[:, 0] <= 0)] = 1. # the person's left is at positive x
-        self.register_buffer("lids", lids)
+        left = self.mean[:, 0] > 0 # of the person
+        self.register_buffer("behind", torch.stack([behind & left, behind & ~left]).float()) # left and right lid
 
     def forward(self,
         alpha:Float[Tensor, "b a"],
@@ -103,7 +102,7 @@ class FacePoints(nn.Module):
         even = torch.full_like(moves, 1 / moves.shape[1])
         total = moves.sum(1, keepdim=True)
         chance = torch.where(total > 1e-6, (1 - MOVING) * even + MOVING * moves / total.clamp(min=1e-6), even)
-        shut = beta[:, [UNIT["eyeBlinkLeft"], UNIT["eyeBlinkRight"]]] @ self.lids
+        shut = beta[:, [UNIT["eyeBlinkLeft"], UNIT["eyeBlinkRight"]]] @ self.behind
         return chance * (1 - 1.5 * shut).clamp(0, 1)
 
 
