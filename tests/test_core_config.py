@@ -160,5 +160,5 @@ def test_table_shows_what_differs():
 
 
 def test_fusion_resolution_follows_the_planes():
-    assert [preset(n).fusion_resolution for n in PRESETS] == [8, 64, 32, 64]  # small: the planes themselves
+    assert [preset(n).fusion_resolution for n in PRESETS] == [8, 64, 128, 64]  # small and base: the planes themselves
     assert override(preset("paper"), "readings.fusion=planes").fusion_resolution == 256

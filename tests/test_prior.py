@@ -96,14 +96,15 @@ def test_a_sample_is_the_same_in_any_batch(first, seed, patch):
 
 
 def test_face_and_its_parts_are_oversampled(data):
-    weights, plain = data.weights(0, RayWeights(3., 4.)), data.weights(0, RayWeights(1., 1.))
+    of = lambda *pair: data.weights(torch.tensor([0]), RayWeights(*pair))[0]
+    weights, plain = of(3., 4.), of(1., 1.)
     assert set(weights.unique().tolist()) <= {1., 3., 4., 12.} and plain.unique().tolist() == [1.]
     counts = torch.zeros(32, 32)
     k = 0
     for i in (i for i in range(24 * 20) if data.pick(range(i, i + 1), 0) == [k]):
         at = (data.batch(range(i, i + 1), 0, 30).uv[0] * 32).long()
         counts[at[:, 1], at[:, 0]] += 1
-    w = data.weights(k)
+    w = data.weights(torch.tensor([k]))[0]
     assert counts[w > 3].mean() > 2 * counts[w == 1].mean() and counts[w == 3].mean() > 1.5 * counts[w == 1].mean()
 
 

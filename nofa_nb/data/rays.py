@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PIVOT', 'BACKGROUND', 'PARTS', 'ray_directions', 'background_distance', 'part_boxes', 'RayBatch', 'RayWeights',
-           'RaySet', 'describe', 'collect']
+           'RaySet', 'describe', 'collect', 'RayStream']
 
 # %% ../../nbs/data/rays.ipynb #5d85f278
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
-import json
+import json, math, time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.errors import need
 from ..core.io import load_tensors, save_tensors
 from ..core.repro import generator, hash_config, hash_tensors
-from .parts import in_parts
+from .parts import in_parts, read_made
 from ..geometry.cameras import Camera
 from ..geometry.rays import ray_sphere
 from ..world.latent import latent
@@ -107,7 +107,12 @@ class RaySet:
     def size(self)->int: return self.rgb.shape[1] # pixels
 
     @cached_property
-    def z(self)->Float[Tensor, "n 276"]: return latent(self.code) # of each picture
+    def z(self)->Float[Tensor, "n 276"]: return latent(self.code.cpu()).to(self.code) # of each picture
+
+    def on(self, device:str|torch.device)->"RaySet":
+        "The same on a device."
+        return self if self.rgb.device == torch.device(device) else replace(self, **{k: t.to(device) for k, t in self.tensors().items()})
+
     def tensors(self)->dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("source", "data_hash")}
 
@@ -124,14 +129,15 @@ class RaySet:
         return [_shuffled(n, seed, i // n, stream)[i % n] for i in samples]
 
     def weights(self,
-        index:int,           # of a picture
+        index:Int64[Tensor, "b"], # pictures
         weights:RayWeights=RayWeights(),
-    )->Float[Tensor, "h w"]:
+    )->Float[Tensor, "b h w"]:
         "How likely each pixel is chosen."
         w = torch.where(self.mask[index] > 0, weights.foreground, 1.)
-        inside = torch.zeros_like(w, dtype=torch.bool)
-        edges = torch.stack([(self.boxes[index, :, :2]*self.size).floor(), (self.boxes[index, :, 2:]*self.size).ceil()], 1).long().tolist()
-        for (x0, y0), (x1, y1) in edges: inside[y0:y1, x0:x1] = True
+        low, high = (self.boxes[index] * self.size)[..., None].unflatten(2, (2, 2)).unbind(2)
+        at = torch.arange(self.size, device=w.device)
+        across, down = ((at >= low[:, :, k].floor()) & (at < high[:, :, k].ceil()) for k in (0, 1)) # b 5 size
+        inside = (down[..., None] & across[:, :, None]).any(1)
         return torch.where(inside, w * weights.parts, w)
 
     def batch(self,
@@ -145,15 +151,30 @@ class RaySet:
         need(1 <= rays <= self.size**2, "rays", f"from 1 to the {self.size**2} pixels of a picture", rays)
         need(0 <= patch <= self.size, "patch", f"from 0 to {self.size} pixels", patch)
         index = self.pick(samples, seed)
-        chosen = [self._pixels(k, generator(seed, "pixels", i), rays, weights, patch) for i, k in zip(samples, index)]
-        return self.rays_at(torch.tensor(index), torch.stack(chosen))
+        index = torch.tensor(index)
+        chosen = [self._pixels(index[k:k + 1], generator(seed, "pixels", i), rays, weights, patch) for k, i in enumerate(samples)]
+        return self.rays_at(index, torch.cat(chosen))
 
-    def _pixels(self, index:int, g:torch.Generator, rays:int, weights:RayWeights, patch:int)->Tensor:
-        found = torch.multinomial(self.weights(index, weights).flatten(), 1 if patch else rays, generator=g)
+    def draw(self,
+        count:int,               # pictures
+        random:torch.Generator,  # on the device of the set
+        rays:int=320,            # of each picture
+        weights:RayWeights=RayWeights(),
+        patch:int=0,             # side of a patch that takes the place of single rays; 0: none
+    )->tuple[Int64[Tensor, "b"], RayBatch]: # which pictures
+        "Random rays of random pictures, all at once."
+        index = self.some(count, random)
+        return index, self.rays_at(index, self._pixels(index, random, rays, weights, patch))
+
+    def some(self, count:int, random:torch.Generator)->Int64[Tensor, "b"]: # pictures
+        return torch.randint(len(self), (count,), generator=random, device=random.device)
+
+    def _pixels(self, index:Tensor, g:torch.Generator, rays:int, weights:RayWeights, patch:int)->Tensor: # b n
+        found = torch.multinomial(self.weights(index, weights).flatten(1), 1 if patch else rays, generator=g)
         if not patch: return found
         corner = (torch.stack([found // self.size, found % self.size]) - patch // 2).clamp(0, self.size - patch)
-        side = torch.arange(patch)
-        return ((corner[0] + side)[:, None] * self.size + corner[1] + side).flatten()
+        side = torch.arange(patch, device=found.device)
+        return ((corner[0] + side)[..., None] * self.size + corner[1][..., None] + side).flatten(1)
 
     def rays_at(self,
         index:Int64[Tensor, "b"],    # pictures
@@ -228,3 +249,48 @@ def collect(
     source = describe(portraits)
     tensors, found = in_parts(make, portraits.identities, chunk, source, cache, "people", progress)
     return RaySet(**tensors, source=source, data_hash=found)
+
+# %% ../../nbs/data/rays.ipynb #fecc3476
+class RayStream:
+    "Pictures of a set while `collect` writes them to its cache."
+    def __init__(self,
+        portraits:Portraits,      # what is collected
+        cache:str|Path,           # file that `collect` was given
+        least:int=1,              # pictures to wait for
+        every:float=2.,           # seconds between looks at the folder
+    ):
+        self.source, self.cache, self.whole, self.every = describe(portraits), Path(cache), len(portraits), every
+        need(1 <= least <= self.whole, "least", f"from 1 to the {self.whole} pictures of the set", least)
+        self.least, self.size, self.data_hash = least, portraits.config.sizes.resolution, hash_config(self.source)
+        self.room, self.count, self.read, self.looked = {}, 0, set(), -math.inf
+
+    def __len__(self)->int: return self.count # so far
+
+    def _take(self, tensors:dict[str, Tensor], device:torch.device)->None:
+        tensors = tensors | {"z": latent(tensors["code"])}
+        n = len(tensors["rgb"])
+        for name, t in tensors.items():
+            room = self.room.setdefault(name, t.new_empty((self.whole, *t.shape[1:]), device=device))
+            room[self.count:self.count + n] = t.to(device)
+        self.count += n
+
+    def look(self, device:torch.device)->None:
+        "Take over what has come."
+        self.looked = time.monotonic()
+        for path in sorted(self.cache.with_name(self.cache.name + ".parts").glob("*.safetensors")):
+            if path.name not in self.read and (part := read_made(path)) and part[1][0] == self.source:
+                self._take(part[0], device)
+                self.read.add(path.name)
+        if self.count < self.whole and (done := read_made(self.cache, self.source)): # its parts are gone
+            self.count = 0
+            self._take(done[0], device)
+
+    def on(self, device:str|torch.device)->RaySet:
+        "What has come, on a device; waits for the first pictures."
+        device, step = torch.device(device), min(self.every, .5)
+        while self.count < self.least or (self.count < self.whole and time.monotonic() - self.looked > self.every):
+            self.look(device)
+            if self.count < self.least: time.sleep(step)
+        found = RaySet(**{k: t[:self.count] for k, t in self.room.items() if k != "z"}, source=self.source, data_hash=self.data_hash)
+        found.__dict__["z"] = self.room["z"][:self.count] # reckoned as they came
+        return found

@@ -113,6 +113,14 @@ def _transposed(x:Tensor, weight:Tensor, stride:int, groups:int)->Tensor:
     return F.conv_transpose2d(x, weight.reshape(groups * inner, out // groups, k, k), stride=stride, groups=groups)
 
 
+def _phases(weight:Tensor, kernel:Tensor)->Tensor: # (4 o, j, 3, 3)
+    "Weights of the four pixels that each pixel becomes: 3x3 doubling and the filter of 4x4 taps in one."
+    spread = F.conv2d(torch.eye(9, dtype=weight.dtype, device=weight.device).reshape(9, 1, 3, 3), 4 * kernel.flip(0, 1)[None, None].to(weight.dtype), padding=3)
+    spread = spread.reshape(9, 3, 2, 3, 2).flip(1, 3).permute(0, 2, 4, 1, 3).flatten(1) # 6x6 taps: even and odd ones
+    found = (weight.flatten(2) @ spread).unflatten(2, (4, 3, 3))
+    return found.transpose(1, 2).flatten(0, 1)
+
+
 def conv2d_resample(
     x:Float[Tensor, "b i h w"],
     weight:Float[Tensor, "o j k k"],        # j = i / groups; k odd, padded by k // 2
@@ -131,6 +139,8 @@ def conv2d_resample(
             return F.conv2d(downsample2d(x, kernel, down), weight, groups=groups)
         x = upfirdn2d(x, kernel, padding=_around(len(kernel), down=down, extra=pad))
         return F.conv2d(x, weight, stride=down, groups=groups)
+    if x.is_cuda and up == 2 and groups == 1 and weight.shape[-1] == 3 and len(kernel) == 4: # more products, but no pass for the filter
+        return F.pixel_shuffle(F.conv2d(x, _phases(weight, kernel), padding=1), 2)
     x = _transposed(x, weight, up, groups)
     left, right, top, bottom = (p - last for p in _around(len(kernel), up=up, extra=pad))
     return upfirdn2d(x, kernel, padding=(left, right + up - 1, top, bottom + up - 1), gain=up ** 2)

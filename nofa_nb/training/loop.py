@@ -124,8 +124,10 @@ def average(
     weight:float,   # of the old
 )->None:
     "Move averaged parameters towards new ones; copy the buffers."
-    for a, b in zip(old.parameters(), new.parameters()): a.lerp_(b, 1 - weight) if b.requires_grad else a.copy_(b)
-    for a, b in zip(old.buffers(), new.buffers()): a.copy_(b)
+    pairs = list(zip(old.parameters(), new.parameters()))
+    trained, held = [p for p in pairs if p[1].requires_grad], [p for p in pairs if not p[1].requires_grad]
+    if trained: torch._foreach_lerp_(*map(list, zip(*trained)), 1 - weight)
+    for a, b in (*held, *zip(old.buffers(), new.buffers())): a.copy_(b)
 
 # %% ../../nbs/training/loop.ipynb #9bd29f19
 @contextmanager
@@ -158,6 +160,9 @@ def make_fabric(
     fabric = Fabric(accelerator=accelerator, devices=local if world > 1 else 1, num_nodes=max(world // local, 1),
                     strategy="ddp" if world > 1 else "auto", precision=precision)
     fabric.launch()
+    if fabric.device.type == "cuda":
+        torch.set_float32_matmul_precision("high") # products in TF32
+        torch.backends.cudnn.benchmark = True      # shapes hardly change
     return fabric
 
 def _gather(fabric:Fabric, parameters:Sequence[nn.Parameter], values:Tensor)->Tensor:

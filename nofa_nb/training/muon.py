@@ -17,18 +17,18 @@ from torch.optim import Optimizer
 COEFFICIENTS = 3.4445, -4.7750, 2.0315 # a, b, c; K. Jordan et al., "Muon", 2024
 
 def orthogonal(
-    matrix:Float[Tensor, "n m"],
+    matrix:Float[Tensor, "*b n m"],
     turns:int=5,                       # of the iteration
     dtype:torch.dtype=torch.bfloat16,  # that it computes in
-)->Float[Tensor, "n m"]:
-    "Nearly U V^T of a matrix U S V^T."
-    x = matrix / (matrix.norm() + 1e-12)
-    x = (x.T if len(x) > x.shape[1] else x).to(dtype)
+)->Float[Tensor, "*b n m"]:
+    "Nearly U V^T of each matrix U S V^T."
+    x, tall = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-12), matrix.shape[-2] > matrix.shape[-1]
+    x = (x.mT if tall else x).to(dtype)
     a, b, c = COEFFICIENTS
     for _ in range(turns):
-        square = x @ x.T
+        square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
+    return (x.mT if tall else x).to(matrix.dtype)
 
 # %% ../../nbs/training/muon.ipynb #10f9842a
 class Muon(Optimizer):
@@ -47,25 +47,35 @@ class Muon(Optimizer):
     def step(self)->None:
         "Move all parameters that have a gradient."
         for group in self.param_groups:
-            for p in group["params"]:
+            kinds, rows = {}, bool(group["matrices"])
+            for p in group["params"]: # what is moved in the same way is moved together
                 if p.grad is None: continue
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                (self._matrix if group["matrices"] else self._adam)(p, group)
+                if not self.state[p]: self.state[p].update(dict(momentum=torch.zeros_like(p)) if rows else dict(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p)))
+                alike = (p.flatten(1).shape if p.is_cuda else p) if rows else self.state[p]["step"] # a CPU gains nothing from batches of matrices
+                kinds.setdefault(alike, []).append(p)
+            for moved in kinds.values():
+                torch._foreach_mul_(moved, 1 - group["lr"] * group["weight_decay"])
+                (self._matrices if rows else self._adam)(moved, group)
 
-    def _matrix(self, p:Tensor, group:dict)->None:
-        state = self.state[p]
-        if not state: state["momentum"] = torch.zeros_like(p)
-        ahead = p.grad.lerp(state["momentum"].lerp_(p.grad, 1 - group["momentum"]), group["momentum"])
-        move = orthogonal(ahead.flatten(1))
-        p.add_(move.view_as(p), alpha=-group["lr"] * max(move.shape)**.5)
+    def _told(self, moved:list[Tensor], name:str)->list[Tensor]: return [self.state[p][name] for p in moved]
 
-    def _adam(self, p:Tensor, group:dict)->None:
-        state, (b1, b2) = self.state[p], group["betas"]
-        if not state: state |= dict(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
-        state["step"] += 1
-        mean, square = state["mean"].lerp_(p.grad, 1 - b1), state["square"].lerp_(p.grad.square(), 1 - b2)
-        size = (square / (1 - b2**state["step"])).sqrt_().add_(group["eps"])
-        p.addcdiv_(mean, size, value=-group["lr"] / (1 - b1**state["step"]))
+    def _matrices(self, moved:list[Tensor], group:dict)->None: # of one shape
+        grads, momenta = [p.grad for p in moved], self._told(moved, "momentum")
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
+        moves = [orthogonal(ahead[0].flatten(1))] if len(moved) == 1 else orthogonal(torch.stack([a.flatten(1) for a in ahead])).unbind()
+        torch._foreach_add_(moved, [m.reshape(p.shape) for m, p in zip(moves, moved)], alpha=-group["lr"] * max(moves[0].shape)**.5)
+
+    def _adam(self, moved:list[Tensor], group:dict)->None: # after equally many steps
+        grads, (b1, b2), steps = [p.grad for p in moved], group["betas"], self.state[moved[0]]["step"] + 1
+        means, squares = self._told(moved, "mean"), self._told(moved, "square")
+        torch._foreach_lerp_(means, grads, 1 - b1)
+        torch._foreach_lerp_(squares, torch._foreach_mul(grads, grads), 1 - b2)
+        sizes = torch._foreach_div(squares, 1 - b2**steps)
+        torch._foreach_sqrt_(sizes)
+        torch._foreach_add_(sizes, group["eps"])
+        torch._foreach_addcdiv_(moved, means, sizes, value=-group["lr"] / (1 - b1**steps))
+        for p in moved: self.state[p]["step"] = steps
 
 # %% ../../nbs/training/muon.ipynb #3bd7bfba
 def matrix_groups(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..core.config import GeneratorConfig
 from ..core.errors import need
 from ..core.repro import generator as stream
-from ..data.rays import RayBatch, RaySet, RayWeights, ray_directions
+from ..data.rays import RayBatch, RaySet, RayStream, RayWeights, ray_directions
 from ..geometry.cameras import Camera
 from ..geometry.sampling import ray_bounds, stratified_depths
 from ..layers.stylegan import Noise, noise_per_layer
@@ -195,6 +195,7 @@ class PriorStage:
     patch_from:float            = .7      # part of the steps; ours
     w_gradient:float            = 1.      # L1 of colour differences of neighbours in a patch; ours
     backbone_bf16:bool          = False   # the backbone in bfloat16, the rest in float32
+    resident:bool               = False   # pictures lie on the device of the training, and batches are drawn there; ours
 
     def __post_init__(self):
         need(self.objective in get_args(Objective), "objective", f"one of {', '.join(get_args(Objective))}", repr(self.objective))
@@ -213,7 +214,7 @@ class PriorStage:
 STAGES = MappingProxyType({
     "smoke": PriorStage("warm", steps=200, batch=4, rays=96, near=2, warm_up=10, ema_half_life=.04, raw_first=16, warm_lr=.03, mapping_gain=100., decoder_gain=1., w_limit=0.), # seconds
     "small": PriorStage("warm", steps=18_000, batch=8, rays=192, warm_lr=.06, matrix_lr=.018, grow=(.35, .7), ema_half_life=2., raw_first=64, backbone_bf16=True), # the recipe, longer
-    "base": PriorStage("warm+gan", steps=60_000, batch=16, rays=512, near=12, ema_half_life=5., raw_first=64, backbone_bf16=True), # ours
+    "base": PriorStage("warm", steps=12_000, batch=64, rays=512, near=8, warm_lr=.06, matrix_lr=.018, grow=(.1, .3), ema_half_life=10., raw_first=128, backbone_bf16=True, resident=True), # ours
     "paper": PriorStage()})
 
 # %% ../../nbs/training/prior.ipynb #32508a50
@@ -357,13 +358,14 @@ class Prior(Stage):
     def __init__(self,
         stage:PriorStage,
         config:GeneratorConfig,       # such as preset("small").generator
-        data:RaySet,                  # to learn from
+        data:RaySet|RayStream,        # to learn from
         validation:RaySet|None=None,  # to be measured on
         seed:int=0,                   # of the first weights
         measured:int=64,              # pictures that are measured during the training
     ):
         config = with_mask(config) if stage.warm else config
         need(not stage.warm or config.z_dim == LATENT, "generator.z_dim", f"{LATENT}, the world's latent code, for {stage.objective}", config.z_dim)
+        need(stage.resident or isinstance(data, RaySet), "data", "a whole set, where pictures do not lie on the device", type(data).__name__)
         need(data.size == config.image_resolution, "data", f"pictures of {config.image_resolution} px", f"{data.size} px")
         self.stage, self.generator_config, self.pictures = stage, config, data
         self.held_out = None if validation is None else validation[torch.arange(len(validation))[::max(1, len(validation) // measured)][:measured]]
@@ -403,6 +405,7 @@ class Prior(Stage):
 
     def data(self, samples, seed):
         s, data = self.stage, self.pictures
+        if s.resident: return len(samples)
         part, batch = samples.start / (s.steps * s.batch), {}
         if s.warm:
             batch["rays"] = data.batch(samples, seed, s.rays, s.weights, s.patch if part >= s.patch_from else 0)
@@ -414,9 +417,24 @@ class Prior(Stage):
             batch["game"] = Game(data.images(real), data.camera[real], z, data.camera[fake])
         return batch
 
+    def _drawn(self, count:int, part:float, random:torch.Generator)->dict[str, object]:
+        "A batch, made on the device."
+        s, batch = self.stage, {}
+        self.pictures = self.pictures if isinstance(self.pictures, RayStream) else self.pictures.on(random.device)
+        data = self.pictures.on(random.device)
+        if s.warm:
+            index, batch["rays"] = data.draw(count, random, s.rays, s.weights, s.patch if part >= s.patch_from else 0)
+            if self.generator.superresolution is not None: batch["images"] = data.images(index[:s.wholes])
+        if s.adversarial and (not s.warm or part >= s.adversarial_from):
+            real, fake = data.some(count, random), data.some(count, random)
+            z = data.z[fake] if s.warm else torch.randn(count, self.generator_config.z_dim, generator=random, device=random.device)
+            batch["game"] = Game(data.images(real), data.camera[real], z, data.camera[fake])
+        return batch
+
     def step(self, batch, moment):
         s, losses = self.stage, {}
         part = moment.step / s.steps
+        if s.resident: batch = self._drawn(batch, part, moment.generator)
         if s.warm: losses |= self._warm(batch, moment, part)
         if "game" not in batch: return (yield "generator", losses)
         game = Play(self, batch["game"], moment)
