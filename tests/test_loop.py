@@ -50,6 +50,8 @@ from nofa_nb.training.loop import (
     warm_up,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # runs are compared to the bit, some of them made in other processes
+
 
 @pytest.fixture(scope="module")
 def fabric():

@@ -82,5 +82,5 @@ def latent(
 )->Float[Tensor, "b 276"]:       # z
     "The generator's z for faces of the world."
     need_shape("code", code, f"b {CODE}")
-    parts = torch.cat([quantities(code[:, :-52]), code], 1) * importance().to(code)
+    parts = torch.cat([quantities(code[:, :-52].cpu()).to(code), code], 1) * importance().to(code)
     return F.pad(parts, (0, 1), value=CONSTANT)
