@@ -38,7 +38,8 @@ class Run:
     def read(self, name:str)->dict: return read_json(self.folder/name) if (self.folder/name).exists() else {}
 
 def read_run(
-    folder:str|Path, # with run.json and checkpoints
+    folder:str|Path,  # with run.json and checkpoints
+    early:bool=False, # also one that was stopped before its last step
 )->Run:
     "A run, if its training is over."
     folder = Path(folder)
@@ -46,7 +47,7 @@ def read_run(
     found = latest_checkpoint(folder)
     if found is None: raise MissingResource(f"a checkpoint in {folder}", "a training (`nofa train --help`)")
     step, steps = found.record["step"], found.record["config"]["training"]["steps"]
-    need(step == steps, "run", f"one that has done all of its {steps} steps", f"{step} in {folder}", "call the training again to go on")
+    need(step == steps or early, "run", f"one that has done all of its {steps} steps", f"{step} in {folder}", "call the training again to go on")
     return Run(folder, read_json(folder/"run.json")["parameters"], found)
 
 # %% ../../nbs/apps/weights.ipynb #d37c07e4
@@ -64,8 +65,9 @@ def facts(
 )->dict: # entries of a record, see `core.weights.CARD`
     "What is said of every run."
     r = run.found.record
+    step, steps = r["step"], r["config"]["training"]["steps"]
     return dict(licence="Apache-2.0", summary="Trained from nothing on the synthetic face world.", seeds={"first weights and order of things": r["seed"]},
-                time=f"{duration(r['seconds'])} of training", device=r["device"], commit=r["code"], date=r["date"], measured=numbers(run),
+                time=f"{duration(r['seconds'])} of training" + (f", ended by the clock at step {step} of {steps}" if step < steps else ""), device=r["device"], commit=r["code"], date=r["date"], measured=numbers(run),
                 checkpoint=r["hashes"]["weights"])
 
 # %% ../../nbs/apps/weights.ipynb #c77e36e6
@@ -76,10 +78,11 @@ def prior_weights(
     folder:str|Path, # made, or replaced
 )->Path:
     "Weights of a trained generator."
-    p, config = run.parameters, record_config(GeneratorConfig, run.stage["generator"])
+    p, config, came = run.parameters, record_config(GeneratorConfig, run.stage["generator"]), run.read("sets.json").get("train")
     generator = build_generator(config)
     unpack_modules(run.found.weights, {"generator": generator})
     portraits = f"shards in {p['shards']}" if p["shards"] else f"{p['images']} portraits, {p['views']} of each person ({p['world']} world)"
+    if came: portraits += f", rendered beside the training: {came['pictures']} had come at its end" # which ones a step saw cannot be told
     return save_generator(folder, generator, config, p["preset"], data=f"{portraits}; SHA-256 {run.found.record['data_hash']}", recipe=run.stage["prior"],
                           use="drawing faces of the face world, and teaching the stages of NOFA++ in this project", limits=LIMITS, **facts(run))
 
@@ -152,10 +155,11 @@ def export_weights(
     part:str,        # prior, face3d, identity or avatar
     run:str|Path,    # folder of the training; of the avatar's last stage
     folder:str|Path, # made, or replaced
+    early:bool=False, # also of one that was stopped before its last step; its card says so
 )->Path:             # the folder
     "Weights of a training that is over."
     need(part in PARTS, "part", f"one of {', '.join(PARTS)}", repr(part))
-    found = read_run(run)
+    found = read_run(run, early)
     made = "prior" if "prior" in found.stage else found.parameters.get("which", "avatar")
     need(made == part, "run", f"a training of {part}", f"one of {made} in {run}")
     return PARTS[part](found, folder)

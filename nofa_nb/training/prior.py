@@ -214,7 +214,7 @@ class PriorStage:
 STAGES = MappingProxyType({
     "smoke": PriorStage("warm", steps=200, batch=4, rays=96, near=2, warm_up=10, ema_half_life=.04, raw_first=16, warm_lr=.03, mapping_gain=100., decoder_gain=1., w_limit=0.), # seconds
     "small": PriorStage("warm", steps=18_000, batch=8, rays=192, warm_lr=.06, matrix_lr=.018, grow=(.35, .7), ema_half_life=2., raw_first=64, backbone_bf16=True), # the recipe, longer
-    "base": PriorStage("warm", steps=12_000, batch=64, rays=512, near=8, warm_lr=.06, matrix_lr=.018, grow=(.1, .3), ema_half_life=10., raw_first=128, backbone_bf16=True, resident=True), # ours
+    "base": PriorStage("warm", steps=5_400, batch=128, rays=512, near=8, warm_lr=.06, matrix_lr=.018, grow=(.1, .3), ema_half_life=10., raw_first=128, backbone_bf16=True, resident=True), # ours
     "paper": PriorStage()})
 
 # %% ../../nbs/training/prior.ipynb #32508a50
