@@ -17,17 +17,18 @@ from torch.optim import Optimizer
 COEFFICIENTS = 3.4445, -4.7750, 2.0315 # a, b, c; K. Jordan et al., "Muon", 2024
 
 def orthogonal(
-    matrix:Float[Tensor, "*b n m"],
+    matrix:Float[Tensor, "n m"]|Float[Tensor, "b n m"],
     turns:int=5,                       # of the iteration
     dtype:torch.dtype=torch.bfloat16,  # that it computes in
-)->Float[Tensor, "*b n m"]:
+)->Float[Tensor, "n m"]|Float[Tensor, "b n m"]:
     "Nearly U V^T of each matrix U S V^T."
     x, tall = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-12), matrix.shape[-2] > matrix.shape[-1]
     x = (x.mT if tall else x).to(dtype)
     a, b, c = COEFFICIENTS
+    product = torch.addmm if x.ndim == 2 else torch.baddbmm # beta * first + alpha * second @ third, in one go
     for _ in range(turns):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        x = product(x, product(square, square, square, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrix.dtype)
 
 # %% ../../nbs/training/muon.ipynb #10f9842a
