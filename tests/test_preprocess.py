@@ -328,7 +328,7 @@ def test_a_face_cut_by_the_frame():
 
 def test_small_faces():
     found = preprocess_image(scene((100, 100), side=SMALLEST), square_detector, blank_m, 64)
-    assert any("enlarges it 2.3 times" in w for w in found.warnings)
+    assert any("enlarges it 2.4 times" in w for w in found.warnings)
     with pytest.raises(InputError, match="at least 16 pixels"):
         preprocess_image(scene((100, 100), side=SMALLEST - 2), square_detector, blank_m, 64)
 

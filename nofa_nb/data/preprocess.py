@@ -31,7 +31,7 @@ from ..core.io import Sound, VideoReader, load_tensors, read_image, read_json, r
 from ..core.repro import code_version, hash_file
 from .smoothing import Moment, Smoothing, Steady, beta_widths, smooth
 from ..experts.face3d import FaceParameters, load_face3d, usual_crop
-from ..experts.landmarks import Detection, Photo, as_bytes, detect, five_points
+from ..experts.landmarks import Detection, Photo, as_bytes, detect, detected_points
 from ..geometry.alignment import (Transform, apply, check_points, compose, crop_transform, eye_mouth_boxes, head_transform, invert,
                                         paste_back, warp)
 from ..geometry.cameras import FOCAL, PIVOT, RADIUS, Camera
@@ -62,10 +62,10 @@ Framing = Literal["world", "eg3d", "ffhq"]
 
 @lru_cache(maxsize=1)
 def mean_points()->Float[Tensor, "5 3"]: # world units
-    "The five points on the world's mean head."
+    "The five points on the world's mean head, where MTCNN would find them."
     model = load_head().model
     marks = model.mean[model.landmarks68]
-    return torch.cat([five_points(marks[:, :2]), five_points(marks[:, 1:])[:, 1:]], 1)
+    return torch.cat([detected_points(marks[:, :2]), detected_points(marks[:, 1:])[:, 1:]], 1)
 
 def frame_face(
     points:Float[Tensor, "5 2"],

@@ -22,7 +22,7 @@ from ..core.repro import generator
 from ..data.augment import regions
 from .protocols import Frames, ask, view_frames
 from ..experts.face3d import FaceParameters, landmarks
-from ..experts.landmarks import five_points
+from ..experts.landmarks import detected_points, five_points
 from ..geometry.cameras import PIVOT, Camera
 from ..geometry.rays import rays
 from ..models.avatar import Avatar, AvatarModel
@@ -217,7 +217,7 @@ def points_apart(
 )->Float[Tensor, "b 5"]:           # distances between the eyes; eyes, nose, corners of the mouth
     "How far M's five points are from MTCNN's."
     need_shape("points", points, f"{len(face.beta)} 5 2")
-    mine = five_points(landmarks(face, (head or load_head()).model))
+    mine = detected_points(landmarks(face, (head or load_head()).model))
     return (mine - points).norm(dim=-1) / (points[:, 1] - points[:, 0]).norm(dim=-1, keepdim=True).clamp(min=1e-6)
 
 # %% ../../nbs/evaluation/avatar.ipynb #1d990e54

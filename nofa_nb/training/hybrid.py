@@ -67,7 +67,8 @@ STAGES = MappingProxyType({
     "smoke": HybridStage(steps=12, batch=2, lr=2e-4, warm_up=2, ema_half_life=.01, apart=2, far=.5, identity_size=0), # seconds
     "small": HybridStage(steps=150, batch=4, precision="bf16-mixed", lr=2e-5, warm_up=20, end=.02, ema_half_life=.2, matrix_lr=.0002, apart=4, far=.5, through=False, window=32, whole_every=12,
         identity_size=0), # five minutes on one core
-    "base": HybridStage(steps=20_000, batch=8, lr=1e-4, warm_up=200, end=.05, ema_half_life=5., apart=4, far=.5, identity_size=0),
+    "base": HybridStage(steps=200, batch=4, precision="bf16-mixed", lr=2e-5, warm_up=20, end=.02, ema_half_life=.2, matrix_lr=.0002, apart=4, far=.5, through=False, window=48, whole_every=24,
+        identity_size=0),
     "paper": HybridStage()})
 
 # %% ../../nbs/training/hybrid.ipynb #db25e048
