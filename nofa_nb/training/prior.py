@@ -340,9 +340,10 @@ def score(
     model:TriplaneGenerator,
     data:RaySet,
     chunk:int=4, # faces at a time
+    found:Views|None=None, # what the model draws, where it has been drawn already
 )->dict[str, np.ndarray]: # (n,), one value for each picture; NaN where there is nothing to measure
     "Measures of every picture of a set."
-    found, truth = draw(model, data.code, Camera.from_label(data.camera), chunk), truth_of(data)
+    found, truth = found or draw(model, data.code, Camera.from_label(data.camera), chunk), truth_of(data)
     image, face = found.image.clamp(0, 1), (truth.mask == 1).float()
     away = (found.distance - truth.distance.nan_to_num(posinf=0.)).abs() * face
     a, b = found.mask > .5, truth.mask > .5
