@@ -276,7 +276,7 @@ def within(
     return read
 
 def sample_arguments(parser:argparse.ArgumentParser)->None:
-    parser.add_argument("--preset", choices=["smoke", "small", "base", "paper"], default="small", help="whose weights")
+    parser.add_argument("--preset", choices=["smoke", "small", "base", "paper"], default="base", help="whose weights")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="folder of weights instead of the preset's own")
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the first face")
     parser.add_argument("--n", type=whole(1), default=16, metavar="N", help="how many faces")

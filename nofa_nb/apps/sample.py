@@ -136,7 +136,7 @@ TURNING, SIDES = 4, 25 # codes in the film, and pictures of each
 
 def sample(
     out:str|Path,                  # folder
-    preset:str="small",
+    preset:str="base",
     seed:int=0,                    # of the first code
     n:int=16,                      # codes
     views:int=5,                   # sides of each
