@@ -2,7 +2,7 @@
 
 Most machines have no GPU, so `PretendDevice` stands in for one: tensors asked for on `cuda:99` are computed on the CPU,
 but carry a tag, say that they live there, and refuse to meet others, as on a real one. It knows PyTorch's rules:
-scalars (0 dimensions) of the CPU mix with anything, and NumPy reads the CPU only.
+scalars (0 dimensions) and indices of the CPU mix with anything, and NumPy reads the CPU only.
 """
 
 import pytest
@@ -57,8 +57,8 @@ class PretendDevice(TorchFunctionMode):
         there = any(tagged(x) for x in tensors)
         if func == torch.Tensor.device.__get__:
             return PRETEND if there else func(*args)
-        if func == torch.Tensor.is_cuda.__get__:
-            return there
+        if func in (torch.Tensor.is_cuda.__get__, torch.Tensor.is_cpu.__get__):
+            return there == (func == torch.Tensor.is_cuda.__get__)
         if func in GETTERS or func in LEAVES:
             return func(*args, **kwargs)
         if there and func in READS_CPU:
@@ -67,11 +67,16 @@ class PretendDevice(TorchFunctionMode):
         if func is torch.Tensor.cpu or func is torch.Tensor.to and goals:
             out = args[0].clone()  # a copy, whose tag is its own
             return tag(out) if any(map(is_pretend, goals)) else out
+        if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], torch.Tensor):
+            out = func(args[0].clone(), args[1].dtype)
+            return tag(out) if tagged(args[1]) else out
         if "device" in kwargs:
             made_there = is_pretend(kwargs["device"])
             if made_there or torch.device(kwargs["device"]).type == "cpu":
                 kwargs["device"] = "cpu"
                 return tag(func(*args, **kwargs)) if made_there else func(*args, **kwargs)
+        if func is torch.Tensor.__getitem__ and tagged(args[0]):
+            tensors = []  # its indices may be the CPU's
         strays = [x.shape for x in tensors if there and not tagged(x) and x.ndim > 0]
         if strays:
             raise RuntimeError(f"{getattr(func, '__name__', func)} mixes devices: {strays} live on the CPU")
