@@ -107,12 +107,12 @@ def _descend(see, start:Tensor, image:Tensor, perceptual:Perceptual, stage:Adapt
     feature = start.detach().clone().requires_grad_()
     unit = float(start.std())
     optimiser = torch.optim.Adam([feature], lr=s.lr * unit, betas=s.betas)
-    with torch.no_grad(): view, moved = see(start)
     kept, least, best, losses = start, math.inf, 0, []
     with tqdm(total=s.steps, desc="adapting", unit="step", delay=1, disable=None if progress else True) as bar:
         for step in range(s.steps + 1):
             now, moving = see(feature)
-            terms = adaptation_losses(now, image, view.depth, perceptual, s.loss, model.preset.readings, foreground, moving, moved)
+            if step == 0: depth, moved = now.depth.detach(), moving if moving is None else moving.detach() # of the start
+            terms = adaptation_losses(now, image, depth, perceptual, s.loss, model.preset.readings, foreground, moving, moved)
             total = sum(terms.values())
             losses.append({k: float(v.detach()) for k, v in {**terms, "total": total}.items()})
             if losses[-1]["total"] < least: kept, least, best = feature.detach().clone(), losses[-1]["total"], step
