@@ -3,8 +3,6 @@ import ast
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import planned
 from matplotlib import pyplot
 
 from nofa_nb.core.errors import InputError, MissingResource
@@ -198,8 +197,6 @@ def test_the_workflow_and_the_plans_know_the_figures():
         assert path.stem == "smoke" or plan["every"]["weights"] == ""  # no random weights under a trained preset's name
 
 
-@pytest.mark.skipif(shutil.which("snakemake") is None and not (Path(sys.executable).parent / "snakemake").exists(),
-                    reason="Snakemake is not installed")
 def test_what_is_missing_is_planned_and_nothing_else(tmp_path):
     results, out = tmp_path / "results/smoke/figures", tmp_path / "out/smoke"
     for folder in (results, out):
@@ -211,12 +208,7 @@ def test_what_is_missing_is_planned_and_nothing_else(tmp_path):
             (out / f"fig{n:02d}.{ending}").write_text("")
     (results / "fig08.json").unlink()
     (out / "fig11.png").unlink()
-    command = [sys.executable, "-m", "snakemake", "-s", "workflow/figures.smk", "--cores", "1", "-n", "--nolock",
-               "--rerun-triggers", "mtime", "--config", "preset=smoke", f"results={tmp_path / 'results'}",
-               f"out={tmp_path / 'out'}", "--", "figures"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    text = done.stdout + done.stderr
-    assert done.returncode == 0, text[-2000:]
+    text = planned("figures", "figures", results=tmp_path / "results", out=tmp_path / "out")
     counts = dict(re.findall(r"^(tiles|figure|figures) +(\d+)$", text, re.M))
     assert counts == {"tiles": "1", "figure": "2", "figures": "1"}, text[-2000:]
 

@@ -2,9 +2,6 @@
 import ast
 import json
 import re
-import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import planned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
@@ -454,18 +452,6 @@ def test_plans_and_ablations_fit_notebooks_and_tables():
         rows |= {(n, row): (a["run"], a.get("kind", "fine")) for n, row in a["rows"].items()}
     wanted = {(n, r.name): (r.run, r.kind) for n in (3, 4, 5) for r in TABLES[n].rows}
     assert rows == {k: v for k, v in wanted.items() if v != ("ours", "fine")}
-
-
-def planned(workflow, target, *options, **config):
-    "What Snakemake would do, in its words."
-    if shutil.which("snakemake") is None and not (Path(sys.executable).parent / "snakemake").exists():
-        pytest.skip("Snakemake is not installed")
-    command = [sys.executable, "-m", "snakemake", "-s", f"workflow/{workflow}.smk", "--cores", "1", "-n", *options,
-               "--nolock", "--rerun-triggers", "mtime", "--config", "preset=smoke",
-               *(f"{name}={value}" for name, value in config.items()), "--", target]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout + done.stderr
 
 
 def test_what_is_missing_is_planned_and_nothing_else(tmp_path):
