@@ -287,10 +287,11 @@ class RayStream:
 
     def on(self, device:str|torch.device)->RaySet:
         "What has come, on a device; waits for the first pictures."
-        device, step = torch.device(device), min(self.every, .5)
-        while self.count < self.least or (self.count < self.whole and time.monotonic() - self.looked > self.every):
+        device = torch.device(device)
+        if self.count < self.whole and time.monotonic() - self.looked >= self.every: self.look(device)
+        while self.count < self.least:
+            time.sleep(min(self.every, .5))
             self.look(device)
-            if self.count < self.least: time.sleep(step)
         found = RaySet(**{k: t[:self.count] for k, t in self.room.items() if k != "z"}, source=self.source, data_hash=self.data_hash)
         found.__dict__["z"] = self.room["z"][:self.count] # reckoned as they came
         return found
