@@ -4,6 +4,7 @@ What autograd does between is out of sight: it is PyTorch's, and stays on the de
 """
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from test_stages import FLAT, pairs, stages, videos  # noqa: F401 (fixtures)
 from test_world_device import PRETEND, PretendDevice
 
@@ -31,19 +32,10 @@ def numbers(seed=0):
     return made
 
 
-def send(x):
-    "Nested data there, as the loop sends a batch; modules and generators stay who they are."
-    if isinstance(x, torch.nn.Module):
-        for t in (*x.parameters(), *x.buffers()):
-            t._pretends = True
-        return x
-    if isinstance(x, dict):
-        return {k: send(v) for k, v in x.items()}
-    if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return type(x)(*map(send, x))
-    if isinstance(x, (list, tuple)):
-        return type(x)(map(send, x))
-    return x.to(PRETEND) if hasattr(x, "to") else x
+def send(module):
+    for t in (*module.parameters(), *module.buffers()):
+        t._pretends = True
+    return module
 
 
 def try_all(stage, steps=(0,)):
@@ -54,7 +46,8 @@ def try_all(stage, steps=(0,)):
             send(helper)
         for step in steps:
             samples = range(step * stage.stage.batch, (step + 1) * stage.stage.batch)
-            phases = list(stage.step(send(stage.data(samples, 0)), Moment(step, samples.start, numbers())))
+            batch = move_data_to_device(stage.data(samples, 0), PRETEND)  # as the loop does
+            phases = list(stage.step(batch, Moment(step, samples.start, numbers())))
             assert phases and all(torch.isfinite(t).all() for _, losses in phases for t in losses.values())
             assert any(getattr(t, "_pretends", False) for _, losses in phases for t in losses.values())
         with torch.no_grad():

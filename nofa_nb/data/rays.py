@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.errors import need
 from ..core.io import load_tensors, save_tensors
 from ..core.repro import generator, hash_config, hash_tensors
-from .parts import in_parts, read_made
+from .parts import finished_parts, in_parts, read_made
 from ..geometry.cameras import Camera
 from ..geometry.rays import ray_sphere
 from ..world.latent import latent
@@ -107,7 +107,7 @@ class RaySet:
     def size(self)->int: return self.rgb.shape[1] # pixels
 
     @cached_property
-    def z(self)->Float[Tensor, "n 276"]: return latent(self.code.cpu()).to(self.code) # of each picture
+    def z(self)->Float[Tensor, "n 276"]: return latent(self.code) # of each picture
 
     def on(self, device:str|torch.device)->"RaySet":
         "The same on a device."
@@ -277,10 +277,9 @@ class RayStream:
     def look(self, device:torch.device)->None:
         "Take over what has come."
         self.looked = time.monotonic()
-        for path in sorted(self.cache.with_name(self.cache.name + ".parts").glob("*.safetensors")):
-            if path.name not in self.read and (part := read_made(path)) and part[1][0] == self.source:
-                self._take(part[0], device)
-                self.read.add(path.name)
+        for name, tensors in finished_parts(self.cache, self.source, self.read):
+            self._take(tensors, device)
+            self.read.add(name)
         if self.count < self.whole and (done := read_made(self.cache, self.source)): # its parts are gone
             self.count = 0
             self._take(done[0], device)

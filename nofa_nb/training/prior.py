@@ -421,8 +421,8 @@ class Prior(Stage):
     def _drawn(self, count:int, part:float, random:torch.Generator)->dict[str, object]:
         "A batch, made on the device."
         s, batch = self.stage, {}
-        self.pictures = self.pictures if isinstance(self.pictures, RayStream) else self.pictures.on(random.device)
         data = self.pictures.on(random.device)
+        if isinstance(self.pictures, RaySet): self.pictures = data # goes there once
         if s.warm:
             index, batch["rays"] = data.draw(count, random, s.rays, s.weights, s.patch if part >= s.patch_from else 0)
             if self.generator.superresolution is not None: batch["images"] = data.images(index[:s.wholes])
