@@ -75,7 +75,7 @@ class DetailConfig:
 DETAILS = MappingProxyType({
     "smoke": DetailConfig(32, (8, 16, 16, 32), 16, 1, 2),
     "small": DetailConfig(64, (24, 48, 96, 128, 128), 96, 1, 4),
-    "base": DetailConfig(128, (32, 64, 128, 192, 256, 256), 128, 2, 8),
+    "base": DetailConfig(128, (32, 64, 128, 160, 192, 192), 128, 1, 8),
     "paper": DetailConfig()})
 
 # %% ../../nbs/models/detail.ipynb #d1a59536

@@ -61,7 +61,7 @@ class EncoderConfig:
 ENCODERS = MappingProxyType({
     "smoke": EncoderConfig(32, 2, 4, 16, (1, 1, 2, 1), (1, 2, 4, 8), 2., 32, 2, ""),
     "small": EncoderConfig(64, 4, 4, 48, (2, 2, 4, 1), (2, 4, 8, 16), 2., 128, 4, ""),
-    "base": EncoderConfig(128, 4, 8, 64, (2, 2, 6, 2), (2, 4, 8, 16), 4., 256, 8, ""),
+    "base": EncoderConfig(128, 4, 8, 64, (2, 2, 4, 1), (2, 4, 8, 16), 2., 256, 8, ""),
     "paper": EncoderConfig()})
 
 # %% ../../nbs/models/encoder.ipynb #59139335

@@ -154,4 +154,4 @@ def resize(
     "Bilinear interpolation; returns `x` itself where the size is right."
     need_shape("x", x, "b c h w")
     if tuple(x.shape[-2:]) == (size, size): return x
-    return F.interpolate(x, (size, size), mode="bilinear", align_corners=False, antialias=antialias)
+    return F.interpolate(x.float(), (size, size), mode="bilinear", align_corners=False, antialias=antialias).to(x.dtype) # CPUs lack it in 16 bits

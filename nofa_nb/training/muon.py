@@ -47,25 +47,29 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self)->None:
         "Move all parameters that have a gradient."
-        for group in self.param_groups:
-            kinds, rows = {}, bool(group["matrices"])
-            for p in group["params"]: # what is moved in the same way is moved together
+        kinds = {} # what is moved in the same way is moved together
+        for k, group in enumerate(self.param_groups):
+            rows = bool(group["matrices"])
+            for p in group["params"]:
                 if p.grad is None: continue
                 if not self.state[p]: self.state[p].update(dict(momentum=torch.zeros_like(p)) if rows else dict(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p)))
-                alike = (p.flatten(1).shape if p.is_cuda else p) if rows else self.state[p]["step"] # a CPU gains nothing from batches of matrices
-                kinds.setdefault(alike, []).append(p)
-            for moved in kinds.values():
-                torch._foreach_mul_(moved, 1 - group["lr"] * group["weight_decay"])
-                (self._matrices if rows else self._adam)(moved, group)
+                alike = ((p.flatten(1).shape, group["momentum"]) if p.is_cuda else p) if rows else (k, self.state[p]["step"]) # a CPU gains nothing from batches of matrices
+                kinds.setdefault(alike, []).append((p, group))
+        for both in kinds.values():
+            moved, groups = (list(x) for x in zip(*both))
+            torch._foreach_mul_(moved, [1 - g["lr"] * g["weight_decay"] for g in groups])
+            if groups[0]["matrices"]: self._matrices(moved, groups)
+            else: self._adam(moved, groups[0])
 
     def _told(self, moved:list[Tensor], name:str)->list[Tensor]: return [self.state[p][name] for p in moved]
 
-    def _matrices(self, moved:list[Tensor], group:dict)->None: # of one shape
-        grads, momenta = [p.grad for p in moved], self._told(moved, "momentum")
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
+    def _matrices(self, moved:list[Tensor], groups:list[dict])->None: # of one shape and momentum, each with a rate of its own
+        grads, momenta, momentum = [p.grad for p in moved], self._told(moved, "momentum"), groups[0]["momentum"]
+        torch._foreach_lerp_(momenta, grads, 1 - momentum)
+        ahead = torch._foreach_lerp(grads, momenta, momentum)
         moves = [orthogonal(ahead[0].flatten(1))] if len(moved) == 1 else orthogonal(torch.stack([a.flatten(1) for a in ahead])).unbind()
-        torch._foreach_add_(moved, [m.reshape(p.shape) for m, p in zip(moves, moved)], alpha=-group["lr"] * max(moves[0].shape)**.5)
+        rates = [-g["lr"] * max(moves[0].shape)**.5 for g in groups]
+        torch._foreach_add_(moved, torch._foreach_mul([m.reshape(p.shape) for m, p in zip(moves, moved)], rates))
 
     def _adam(self, moved:list[Tensor], group:dict)->None: # after equally many steps
         grads, (b1, b2), steps = [p.grad for p in moved], group["betas"], self.state[moved[0]]["step"] + 1
