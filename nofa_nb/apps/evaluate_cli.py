@@ -12,8 +12,8 @@ from pathlib import Path
 # %% ../../nbs/apps/evaluate_cli.ipynb #b4b3da9f
 PARTS = ("self", "cross", "canonical", "wnet", "face3d", "photos")
 AMOUNTS = {"smoke": dict(clips=2, stride=25, sources=2, cross_stride=40, people=2, expressions=3, portraits=6, views=2, adapt_seconds=2., film_seconds=.4),
-           "small": dict(clips=40, stride=12, sources=40, cross_stride=37, people=10, expressions=10, portraits=100, views=2, adapt_seconds=60., film_seconds=4.8),
-           "base": dict(clips=40, stride=5, sources=200, cross_stride=25, people=20, expressions=10, portraits=200, views=4, adapt_seconds=60., film_seconds=4.8)}
+           "small": dict(clips=40, stride=12, sources=40, cross_stride=37, people=10, expressions=10, portraits=100, views=2, adapt_seconds=60., film_seconds=4.8)}
+AMOUNTS["base"] = AMOUNTS["small"]
 
 def evaluate_avatar_arguments(parser:argparse.ArgumentParser)->None:
     from nofa_nb.apps.cli import whole
@@ -45,6 +45,6 @@ def evaluate_avatar(args:argparse.Namespace)->None:
     amounts = {k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in AMOUNTS[args.preset].items()}
     parameters = dict(preset=args.preset, weights=args.weights if args.weights in ("", "random") else str(Path(args.weights).resolve()),
                       parts=" ".join(args.parts), labels=args.labels, **amounts, photos=str(args.photos.resolve()) if args.photos else "",
-                      perceptual=args.perceptual, judge=args.judge, judge_every=3 if args.preset == "small" else 2, shown=4, workers=args.workers,
+                      perceptual=args.perceptual, judge=args.judge, judge_every=2 if args.preset == "smoke" else 3, shown=4, workers=args.workers,
                       seed=args.seed, results=str(results), out=".")
     print(f"done: {results}; open {execute(notebook, out, parameters)} in a browser")

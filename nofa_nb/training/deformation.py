@@ -61,8 +61,8 @@ STAGES = MappingProxyType({
     "smoke": DeformationStage(steps=20, batch=2, lr=1e-3, warm_up=2, ema_half_life=.01, apart=2, far=.5, w_shape=.1, w_same=1., shape_only=.5, identity_size=0), # seconds
     "small": DeformationStage(steps=6000, batch=4, precision="bf16-mixed", lr=2e-4, warm_up=100, end=.02, ema_half_life=2., deformation_gain=5., matrix_lr=.003, apart=4,
         through=False, window=32, whole_every=16, far=.5, w_shape=.1, w_same=1., shape_only=.4, identity_size=0), # an hour and a half on one core
-    "base": DeformationStage(steps=4000, batch=16, precision="bf16-mixed", lr=2e-4, warm_up=100, end=.02, ema_half_life=4., deformation_gain=5., matrix_lr=.003, apart=4,
-        through=False, window=64, whole_every=32, far=.5, w_shape=.1, w_same=1., shape_only=.4, identity_size=0), # that of `small`, longer
+    "base": DeformationStage(steps=2340, batch=16, precision="bf16-mixed", lr=2e-4, warm_up=100, end=.02, ema_half_life=4., deformation_gain=5., matrix_lr=.003, apart=4,
+        through=False, window=64, whole_every=32, far=.5, w_shape=.1, w_same=1., shape_only=.4, identity_size=0), # six minutes
     "paper": DeformationStage()})
 
 # %% ../../nbs/training/deformation.ipynb #f5995d0a

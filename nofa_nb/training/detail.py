@@ -42,7 +42,7 @@ class DetailStage:
 STAGES = MappingProxyType({
     "smoke": DetailStage(steps=20, batch=2, lr=1e-3, warm_up=2, ema_half_life=.01), # seconds
     "small": DetailStage(steps=500, batch=8, precision="bf16-mixed", lr=1e-3, warm_up=30, end=.02, ema_half_life=.5, matrix_lr=.03, window=32, whole_every=16), # a quarter of an hour on two cores
-    "base": DetailStage(steps=600, batch=16, precision="bf16-mixed", lr=1e-3, warm_up=30, end=.02, ema_half_life=1., matrix_lr=.03, window=64, whole_every=32),
+    "base": DetailStage(steps=200, batch=16, precision="bf16-mixed", lr=1e-3, warm_up=30, end=.02, ema_half_life=1., matrix_lr=.03, window=64, whole_every=32), # a minute
     "paper": DetailStage()})
 
 # %% ../../nbs/training/detail.ipynb #1acf0760

@@ -44,7 +44,7 @@ class ReconstructionStage:
 STAGES = MappingProxyType({
     "smoke": ReconstructionStage(steps=30, batch=2, lr=1e-3, warm_up=2, ema_half_life=.01, regress=1/3), # seconds
     "small": ReconstructionStage(steps=3000, batch=16, precision="bf16-mixed", lr=5e-4, warm_up=100, end=.02, ema_half_life=2., matrix_lr=.015, regress=.6, window=24, whole_every=16), # half an hour on two cores
-    "base": ReconstructionStage(steps=2400, batch=32, precision="bf16-mixed", lr=5e-4, warm_up=100, end=.02, ema_half_life=4., matrix_lr=.015, regress=.6, window=48, whole_every=32), # three minutes of an H200; twice the batch of `small`, as launches bound it
+    "base": ReconstructionStage(steps=740, batch=32, precision="bf16-mixed", lr=5e-4, warm_up=100, end=.02, ema_half_life=4., matrix_lr=.015, regress=.6, window=48, whole_every=32), # three minutes of an H200, where a step's launches take longer than its arithmetic
     "paper": ReconstructionStage()})
 
 # %% ../../nbs/training/reconstruction.ipynb #76d5df8c
