@@ -27,6 +27,7 @@ from .campaign import GRAPH
 from .evaluate_cli import evaluate_avatar, evaluate_avatar_arguments
 from .explorer_serve import explore, explore_arguments
 from .reenact_cli import adapt_arguments, adapt_command, reenact, reenact_arguments
+from ..core.config import DEFAULT
 from nofa_nb.apps.train_cli import (all_arguments, step_arguments, train_all, train_prior, train_prior_arguments, train_step, train_weights,
     weights_arguments)
 
@@ -276,7 +277,7 @@ def within(
     return read
 
 def sample_arguments(parser:argparse.ArgumentParser)->None:
-    parser.add_argument("--preset", choices=["smoke", "small", "base", "paper"], default="base", help="whose weights")
+    parser.add_argument("--preset", choices=["smoke", "small", "base", "paper"], default=DEFAULT, help="whose weights")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="folder of weights instead of the preset's own")
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the first face")
     parser.add_argument("--n", type=whole(1), default=16, metavar="N", help="how many faces")

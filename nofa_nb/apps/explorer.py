@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .reenact import Portrait, Studio, fog, shown
 from .sample import codes, world_codes
+from ..core.config import DEFAULT
 from ..core.errors import MissingResource, need, need_shape
 from ..core.io import VideoWriter
 from ..core.repro import generator as stream
@@ -118,7 +119,7 @@ class Loaded(NamedTuple):
     notes:tuple[str, ...]    # what a person should know
 
 def load_explorer(
-    preset:str="small",
+    preset:str=DEFAULT,
     device:str|torch.device="cpu",
 )->Loaded:
     "The best there is of a preset."

@@ -24,6 +24,7 @@ from torch import Tensor
 import nofa_nb
 from .explorer import (LAYERS, Face, Loaded, Pace, Painter, Pass, Scene, Worker, expression_sliders, face_of, face_of_seed,
     film_steps, identity_sliders, load_explorer, passes)
+from ..core.config import DEFAULT
 from ..core.errors import InputError, need
 from ..core.io import write_image, write_wave
 from ..world.motion import Motion, sample_motion
@@ -268,7 +269,7 @@ class Explorer(anywidget.AnyWidget):
 
 # %% ../../nbs/apps/explorer_app.ipynb #ab7cd8b2
 def explorer(
-    preset:str="small",
+    preset:str=DEFAULT,
     avatar:str|Path="",     # avatar file that a page begins with; none: the face of a seed
     seed:int=7,
     device:str="cpu",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..core.config import PRESETS
+from ..core.config import DEFAULT, PRESETS
 from ..core.errors import InputError, MissingResource, need
 
 # %% ../../nbs/apps/explorer_serve.ipynb #301ad557
@@ -129,7 +129,7 @@ def listening(
 def explore_arguments(parser:argparse.ArgumentParser)->None:
     from nofa_nb.apps.cli import whole
     parser.add_argument("--avatar", type=Path, metavar="FILE", help="avatar file to begin with (default: the face of --seed)")
-    parser.add_argument("--preset", choices=[*PRESETS], default="small", help="whose weights")
+    parser.add_argument("--preset", choices=[*PRESETS], default=DEFAULT, help="whose weights")
     parser.add_argument("--seed", type=whole(0), default=7, metavar="N", help="of the first face, where there is no avatar file")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="such as cpu or cuda")
     parser.add_argument("--port", type=whole(0), default=0, metavar="N", help="of the page; 0: a free one")

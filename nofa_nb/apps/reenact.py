@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
+from ..core.config import DEFAULT
 from ..core.errors import need, need_shape
 from ..core.io import Sound, VideoReader, VideoWriter, atomic_path, load_arrays, read_image, read_json, save_arrays, write_image, write_json
 from ..core.repro import RunManifest, generator as stream, hash_file, hash_tensors
@@ -315,7 +316,7 @@ class Studio:
 
     @classmethod
     def load(cls,
-        preset:str="small",            # whose weights
+        preset:str=DEFAULT,            # whose weights
         device:str|torch.device="cpu",
     )->"Studio":
         "Trained weights."
@@ -537,7 +538,7 @@ def real_clip()->Path|None:
 
 def demo_reenact(
     out:str|Path,                 # folder
-    preset:str="small",
+    preset:str=DEFAULT,
     seed:int=5,                   # of the world's clip
     seconds:float=4.,             # of each film, at most
     adapt_seconds:float=60.,      # at most; 0: no adaptation

@@ -9,13 +9,13 @@ __all__ = ['common_arguments', 'reenact_arguments', 'reenact', 'adapt_arguments'
 import argparse
 from pathlib import Path
 
-from ..core.config import PRESETS
+from ..core.config import DEFAULT, PRESETS
 
 # %% ../../nbs/apps/reenact_cli.ipynb #4a685458
 def common_arguments(parser:argparse.ArgumentParser)->None:
     from nofa_nb.apps.cli import more_than
     parser.add_argument("--source", required=True, metavar="FILE", help="photo, or an avatar file (.safetensors)")
-    parser.add_argument("--preset", choices=PRESETS, default="small", help="whose weights")
+    parser.add_argument("--preset", choices=PRESETS, default=DEFAULT, help="whose weights")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="such as cpu or cuda")
     parser.add_argument("--adapt-seconds", type=more_than(0), metavar="S", help="of the adaptation, at most (default: 60)")
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from ..core.config import DEFAULT
 from ..core.errors import need
 from ..core.io import VideoWriter, write_image
 from ..core.repro import generator as stream
@@ -136,7 +137,7 @@ TURNING, SIDES = 4, 25 # codes in the film, and pictures of each
 
 def sample(
     out:str|Path,                  # folder
-    preset:str="base",
+    preset:str=DEFAULT,
     seed:int=0,                    # of the first code
     n:int=16,                      # codes
     views:int=5,                   # sides of each

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..core.config import PRESETS, Preset, preset as preset_named
+from ..core.config import DEFAULT, PRESETS, Preset, preset as preset_named
 from ..core.errors import need, need_shape
 from ..core.io import load_tensors, save_tensors
 from ..core.repro import hash_tensors
@@ -333,7 +333,7 @@ def save_avatar_model(
 
 
 def load_avatar_model(
-    source:str|Path="small",       # name of a preset whose weights ship or lie in $NOFA_WEIGHTS; or a folder of weights
+    source:str|Path=DEFAULT,       # name of a preset whose weights ship or lie in $NOFA_WEIGHTS; or a folder of weights
     device:str|torch.device="cpu",
 )->AvatarModel:                    # in evaluation mode, frozen
     "The trained model."

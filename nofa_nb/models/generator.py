@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..core.config import PRESETS, GeneratorConfig
+from ..core.config import DEFAULT, PRESETS, GeneratorConfig
 from ..core.errors import InputError, need
 from ..core.weights import fill, find_weights, load_weights, save_weights
 from ..geometry.cameras import Camera
@@ -187,7 +187,7 @@ def _config(record:Mapping, where:Path)->GeneratorConfig:
 OPTIONS = ("plane_axes", "label_scale", "mapping_width") # of `build_generator`, beside the configuration
 
 def load_generator(
-    source:str|Path="small",       # name of a preset, or a folder of weights
+    source:str|Path=DEFAULT,       # name of a preset, or a folder of weights
     device:str|torch.device="cpu",
 )->TriplaneGenerator:              # in evaluation mode, frozen
     "A trained generator."
