@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'EXPERTS', 'PARTS', 'Run', 'read_run', 'numbers', 'facts', 'prior_weights', 'expert_weights', 'chain',
-           'driven', 'avatar_weights', 'export_weights']
+           'started_from', 'driven', 'avatar_weights', 'export_weights']
 
 # %% ../../nbs/apps/weights.ipynb #3dfd660f
 import math
@@ -109,9 +109,16 @@ def expert_weights(
 def chain(
     run:Run,
 )->list[Run]: # first stage first
-    "A run and those that it starts from."
+    "A run and those that it starts from; weights that the first of them starts from are no run."
     before = run.parameters.get("before")
-    return ([*chain(read_run(run.folder/before))] if before else []) + [run]
+    return ([*chain(read_run(run.folder/before))] if before and not (run.folder/before/INDEX).exists() else []) + [run]
+
+def started_from(
+    run:Run, # the first of a chain
+)->dict:     # the record of the weights that it goes on from; empty: none
+    "What is known of a training before the first run."
+    place = run.folder/(run.parameters.get("before") or "none")/INDEX
+    return read_json(place) if place.exists() else {}
 
 def driven(
     run:Run,
@@ -141,9 +148,11 @@ def avatar_weights(
     switches = {name: run.parameters.get(name, True) for name in ("use_weights", "use_identity")} # of the ablations
     model = build_avatar_model(_preset_of({"preset": sizes["name"], "config": sizes}), generator=load_generator(teacher) if known else None, **switches)
     unpack_modules(run.found.weights, parts_of(model))
-    each = lambda say: {name: say(r) for name, r in stages.items()}
-    record = dict(data=each(_learnt_from), recipe=each(lambda r: r.stage["settings"]), time=each(lambda r: facts(r)["time"]),
-                  measured={f"{r.parameters['stage']}: {what}": value for r in whole for what, value in numbers(r).items()},
+    card = started_from(whole[0])
+    called = lambda name: f"{name}, again" if name in card.get("recipe", {}) else name
+    each = lambda what, say: {**card.get(what, {}), **{called(name): say(r) for name, r in stages.items()}}
+    record = dict(data=each("data", _learnt_from), recipe=each("recipe", lambda r: r.stage["settings"]), time=each("time", lambda r: facts(r)["time"]),
+                  measured={**card.get("measured", {}), **{f"{called(r.parameters['stage'])}: {what}": value for r in whole for what, value in numbers(r).items()}},
                   use="avatars of faces from one photo, in this project", limits=f"{LIMITS}; show nobody saying or doing what they have not agreed to")
     asked = {"checkpoint": whole[-1].found.record["hashes"]["weights"]} # of the training that these weights are the outcome of
     return save_avatar_model(folder, model, {**facts(run), **record, **asked})

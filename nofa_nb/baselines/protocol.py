@@ -94,7 +94,7 @@ PHASES = ("synthetic", "video")
 BUDGETS = MappingProxyType({name: MappingProxyType(dict(zip(PHASES, phases))) for name, phases in {
     "smoke": (Budget(50, 2, 2, ema_half_life=.01), Budget(32, 2, 2, ema_half_life=.01, apart=2, far=.5)), # seconds
     "small": (Budget(3500, 16, 100, .02, 2.), Budget(6150, 4, 100, .02, 2., 4, .5)),
-    "base": (Budget(4800, 16, 100, .02, 2.), Budget(8200, 4, 100, .02, 2., 4, .5)),
+    "base": (Budget(940, 32, 100, .02, 4.), Budget(2540, 16, 100, .02, 4., 4, .5)),
     "paper": (Budget(1_200_000, 4), Budget(1_200_000, 4))}.items()})
 
 # %% ../../nbs/baselines/protocol.ipynb #114eb1f8

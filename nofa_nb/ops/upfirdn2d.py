@@ -154,4 +154,5 @@ def resize(
     "Bilinear interpolation; returns `x` itself where the size is right."
     need_shape("x", x, "b c h w")
     if tuple(x.shape[-2:]) == (size, size): return x
-    return F.interpolate(x.float(), (size, size), mode="bilinear", align_corners=False, antialias=antialias).to(x.dtype) # CPUs lack it in 16 bits
+    exact = x if x.dtype in (torch.float32, torch.float64) else x.float() # CPUs lack it in 16 bits
+    return F.interpolate(exact, (size, size), mode="bilinear", align_corners=False, antialias=antialias).to(x.dtype)

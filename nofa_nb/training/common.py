@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..core.config import Readings
 from ..core.errors import need
 from ..core.repro import generator
+from ..core.weights import INDEX, load_weights
 from ..data.synthetic3d import SyntheticPairs, SyntheticSet, SyntheticStream
 from ..data.videos import VideoPairs, VideoSet
 from ..geometry.alignment import arcface_transform, warp
@@ -28,7 +29,7 @@ from ..geometry.sampling import Random
 from ..models.avatar import Avatar, AvatarModel
 from ..models.generator import Frame
 from ..ops.fidelity import box_mask, psnr as psnr_in
-from .checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, unpack_modules
+from .checkpoint import latest_checkpoint, read_checkpoint, unpack_modules
 from .losses import (DeformationLoss, Identity, Perceptual, SyntheticLoss, View, bbox_loss,
     reconstruction_loss, synthetic_losses, video_losses, weighted)
 from .loop import Stage, cosine, warm_up
@@ -165,17 +166,20 @@ def parts_of(
 
 def read_parts(
     model:AvatarModel,        # changed in place
-    folder:str|Path,          # of a run, or of one of its checkpoints
-    only:Sequence[str]=(),    # parts that are read; none: all that the checkpoint has
-)->Checkpoint:
+    folder:str|Path,          # of a run, of one of its checkpoints, or of weights
+    only:Sequence[str]=(),    # parts that are read; none: all that are there
+)->dict:                      # what is said of them: a run's record with its step, or a model card's
     "Take over the weights of an earlier stage."
     folder = Path(folder)
-    found = read_checkpoint(folder) if (folder/"checkpoint.json").exists() else latest_checkpoint(folder)
-    need(found is not None, "folder", "one with checkpoints of an earlier stage", folder, "train that stage first")
-    there, parts = {name.split(".")[0] for name in found.weights}, parts_of(model)
+    if (folder/INDEX).exists(): weights, record = load_weights(folder)
+    else:
+        found = read_checkpoint(folder) if (folder/"checkpoint.json").exists() else latest_checkpoint(folder)
+        need(found is not None, "folder", "one with checkpoints of an earlier stage, or with weights", folder, "train that stage first")
+        weights, record = found.weights, found.record
+    there, parts = {name.split(".")[0] for name in weights}, parts_of(model)
     for name in only: need(name in there and name in parts, "only", f"parts of both: {', '.join(sorted(there & set(parts)))}", name)
-    unpack_modules(found.weights, {name: part for name, part in parts.items() if name in (only or there)})
-    return found
+    unpack_modules(weights, {name: part for name, part in parts.items() if name in (only or there)})
+    return record
 
 # %% ../../nbs/training/common.ipynb #9eb9f3a1
 def rebuild(
