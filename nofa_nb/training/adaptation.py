@@ -72,9 +72,8 @@ class Looks:
     def _offsets(self, beta:Tensor)->Tensor: return bake(self.model.deformation, self.avatar.alpha.expand(len(beta), -1), beta)
 
     def _frame(self, avatar:Avatar, offsets:Tensor|None, side:int|None=None)->Frame:
-        n = 1 if offsets is None else len(offsets)
-        field = replace(self.model.generator.field(avatar.planes.expand(n, -1, -1, -1, -1)), offsets=offsets)
-        return self.model.generator.image_of(field, avatar.ws.expand(n, -1, -1), self.camera, raw_resolution=side)
+        avatar = avatar if offsets is None else avatar.expand(len(offsets))
+        return self.model.generator.image_of(replace(self.model.field(avatar), offsets=offsets), avatar.ws, self.camera, raw_resolution=side)
 
     def __call__(self, feature:Float[Tensor, "1 f r r"])->tuple[View, Float[Tensor, "k 3 m m"]|None]:
         "The avatar of another F_e."
