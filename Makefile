@@ -6,10 +6,10 @@ OUT ?= out/demo
 PRESET ?= small
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train weights tables figures test docs lint clean
+.PHONY: help setup demo train weights comparison tables figures test docs lint clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv and install what is missing (done by the others, too)
 	@if [ -z "$(PYTHON)" ]; then echo "nofa set-up: no Python was found: install Python 3.11 or 3.12 (Debian 12, Ubuntu 24.04: sudo apt-get install python3 python3-venv; macOS: brew install python@3.12)." >&2; exit 1; fi
@@ -23,6 +23,9 @@ train: setup ## PRESET=small (or smoke, base): train everything from nothing, or
 
 weights: setup ## PRESET=small: write the weights of a finished training over those in nofa_nb/weights/small
 	@.venv/bin/nofa train weights --preset $(PRESET) --to nofa_nb/weights/$(PRESET)
+
+comparison: setup ## PRESET=small: train what Tables 1, 3 and 5 need beside the full model, after `make train`
+	@.venv/bin/snakemake -s workflow/comparison.smk --cores 2 --rerun-triggers mtime --rerun-incomplete --nolock --quiet host reason --config preset=$(PRESET) -- comparison
 
 test: setup ## all checks: export drift, clean notebooks, ruff, pytest, every notebook executed
 	@.venv/bin/python .ci/test.py

@@ -1,7 +1,12 @@
 """Tables 1 to 5: published numbers in their columns only, measured ones shown or refused, claims, orders, files."""
 import ast
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,9 +20,10 @@ from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
 from nofa_nb.apps import campaign
+from nofa_nb.core import repro
 from nofa_nb.core.errors import InputError, MissingResource
 from nofa_nb.core.io import read_json, write_json
-from nofa_nb.core.repro import Result, bootstrap_interval, read_results, write_results
+from nofa_nb.core.repro import Result, bootstrap_interval, hash_config, read_results, write_results
 from nofa_nb.core.weights import save_weights
 from nofa_nb.evaluation import claims, comparison, report, tables
 from nofa_nb.evaluation.comparison import ByUnit, LeftOut
@@ -25,8 +31,8 @@ from nofa_nb.evaluation.tables import PARTS, TABLES, Column
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {"psnr": "dB, full frame", "ssim": "Gaussian 11x11", "perceptual": "VGG-HED, full frame",
-         "aed": "M's expression", "apd": "M's angles", "csim_dlib": "cosine, dlib ResNet (independent)",
-         "frechet_DCT-104": "DCT-104, 24 pictures"}
+         "aed": "M's expression; M of the world", "apd": "M's angles; M of the world",
+         "csim_dlib": "cosine, dlib ResNet (independent)", "frechet_DCT-104": "DCT-104, 24 pictures"}
 RUNS = {"ours": ("coarse", "fine"), "nofa": ("result",), "facevid2vid": ("result",), "no-hybrid": ("fine",),
         "no-weights": ("fine",), "no-identity": ("fine",), "hybrid": ("fine",)}
 PEOPLE = [f"p{i}" for i in range(10)]
@@ -38,8 +44,9 @@ def about(protocol="self", **changes):
     return found | changes
 
 
-def write(folder, protocol, run, shift=0., **changes):
-    "Results and units of a run; numbers that no paper prints."
+def write(folder, protocol, run, shift=0., told=None, **changes):
+    "Results and units of a run; numbers that no paper prints; with `told`, the settings they are said to be of."
+    changes |= {"config_hash": hash_config(told)} if told else {}
     g = np.random.default_rng(sorted(RUNS).index(run))
     kept = {}
     for k, kind in enumerate(RUNS[run]):
@@ -55,8 +62,9 @@ def write(folder, protocol, run, shift=0., **changes):
             value = k.whole if isinstance(k, LeftOut) else float(np.mean([*k.values.values()]))
             rows.append(Result(f"row, {kind}", value, (value - 1, value + 1), 10, m, TEXTS[m], **where))
     write_results(tables.result_path(folder, "toy", protocol, run), rows)
-    four = {k: where[k] for k in ("weights_hash", "data_hash", "commit", "config_hash")}
-    comparison.write_units(tables.units_path(folder, "toy", protocol, run), kept, four)
+    beside = {k: where[k] for k in ("weights_hash", "data_hash", "commit", "config_hash")}
+    beside |= {"settings": told} if told else {}
+    comparison.write_units(tables.units_path(folder, "toy", protocol, run), kept, beside)
 
 
 @pytest.fixture
@@ -194,6 +202,59 @@ def test_changed_weights_are_refused(results, tmp_path, monkeypatch):
         report.report(1, "toy", results)
 
 
+def test_settings_that_differ_are_named(results):
+    told = {"stride": 12, "labels": "truth", "M": "none"}
+    for protocol in ("self", "cross"):
+        for run in RUNS:
+            write(results, protocol, run, told=told)
+    report.report(1, "toy", results)
+    write(results, "self", "nofa", told=told | {"stride": 25})
+    with pytest.raises(InputError, match="settings of toy/self-nofa.json must be stride 12, .* got stride 25"):
+        report.report(1, "toy", results)
+
+
+def test_other_judges_than_those_here_are_refused(results, tmp_path, monkeypatch):
+    record = dict(kind="face3d", preset="toy", config={"a": 1}, licence="Apache-2.0")
+    place = save_weights(tmp_path / "w" / "toy" / "face3d", {"x": torch.arange(6.)}, record)
+    monkeypatch.setenv("NOFA_WEIGHTS", str(tmp_path / "w"))
+    for M, fits in ((read_json(place / "weights.json")["tensors_hash"], True), ("f" * 64, False)):
+        write(results, "self", "ours", told={"M": M})
+        if fits:
+            assert report.report(4, "toy", results).provenance
+    with pytest.raises(InputError, match="M of toy/self-ours.json .* got ffffffffffff.*who judges changed"):
+        report.report(4, "toy", results)
+
+
+def test_commits_without_a_change_in_what_measures_are_one(tmp_path, monkeypatch):
+    "Results are committed, one is deleted and measured again: it carries another commit, of the same code."
+    def git(*words):
+        done = subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True,
+                              capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def commit(**files):
+        for name, text in files.items():
+            path = tmp_path / name.replace("__", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        git("add", "-A")
+        git("commit", "-qm", "x")
+        return git("rev-parse", "HEAD")
+    git("init", "-q")
+    first = commit(nofa_nb__ops="1", nofa_nb__weights__w="1")
+    second = commit(nofa_nb__weights__w="2", results="1")
+    third = commit(nofa_nb__ops="2")
+    monkeypatch.setattr(repro.nofa_nb, "__file__", str(tmp_path / "nofa_nb" / "__init__.py"))
+    assert repro.same_code(first, second, tables.MEASURING) and not repro.same_code(first, second)
+    monkeypatch.setattr(tables, "manifest_hash", lambda protocol: "none")
+    found = {("self", run): [Result("r", 1., (0., 2.), 2, "psnr", "dB", **about(data_hash="none", commit=c))]
+             for run, c in (("ours", first), ("nofa", second), ("facevid2vid", first))}
+    tables.check_provenance(found, "toy")
+    found["self", "nofa"] = [Result("r", 1., (0., 2.), 2, "psnr", "dB", **about(data_hash="none", commit=third))]
+    with pytest.raises(InputError, match="commit of toy/self-nofa.json"):  # and not of the two others
+        tables.check_provenance(found, "toy")
+
+
 def test_units_of_another_measurement_are_refused(results):
     path = tables.units_path(results, "toy", "self", "ours")
     kept, four = comparison.read_units(path)
@@ -222,7 +283,8 @@ def test_a_column_is_measured_in_one_way(results):
     ("lpips", "LPIPS-Alex, full frame", "LPIPS", "LPIPS"), ("lpips", "LPIPS-VGG, full frame", "LPIPS", "LPIPS*"),
     ("perceptual", "VGG-HED, full frame", "LPIPS", "VGG-HED distance*"),
     ("csim_ArcFace", "cosine, ArcFace", "CSIM", "CSIM"), ("csim_F", "cosine, F", "CSIM", "CSIM (F)*"),
-    ("aed", "M's expression", "AED", "AED*"), ("psnr", "dB", "PSNR", "PSNR")])
+    ("aed", "M's expression; M of the world", "AED", "AED (M)*"), ("psnr", "dB", "PSNR", "PSNR"),
+    ("apd", "angles; Deep3DFaceRecon", "APD", "APD"), ("apd", "angles; SMIRK", "APD", "APD (SMIRK)*")])
 def test_a_column_is_named_as_it_is_measured(metric, variant, name, said):
     assert tables.fits(metric, name) and tables.heading(metric, variant, name) == said
 
@@ -296,6 +358,17 @@ def test_statements_about_most_columns():
     assert claims.weigh(words, toy(best, {"Ours": 2., "NOFA": 1.})).status == "does not hold"  # one of two is not most
     assert claims.weigh(words, toy(best, {"Ours": 1., "NOFA": 1.})).status == "undecided"
     assert claims.weigh(words, toy({"Ours": 25.})).status == "not run"
+
+
+@pytest.mark.parametrize("nofa,other,status", [
+    (2., 3., "holds"), (2., 2., "undecided"), (1., 3., "does not hold")])
+def test_where_the_paper_is_level_not_to_be_beaten_is_enough(nofa, other, status):
+    "The paper prints one APD for NOFA and ours, and a greater one for Face-vid2vid; less is better."
+    g = np.random.default_rng(0)
+    kept = {(row, "self/APD"): ByUnit({u: float(v + e) for u, e in zip(PEOPLE, g.normal(0, .1, 10))})
+            for row, v in (("Ours", 2.), ("NOFA", nofa), ("Face-vid2vid", other))}
+    found = claims.weigh(claims.STATEMENTS[1], kept)
+    assert found.status == status and found.against == ("Face-vid2vid", "NOFA")
 
 
 def test_orders_agree_or_not():
@@ -376,7 +449,10 @@ def test_a_discussion_stands_beside_its_claim(results):
     assert missed
     write_json(results / "toy" / "discussion.json", {missed[0]: "Short training."})
     block = report.report(1, "toy", results).claims[3]
-    assert dict(block.rows) == {m: "Short training." if m == missed[0] else "not discussed yet" for m in missed}
+    said = dict(block.rows)
+    assert all(said[m] == ("Short training." if m == missed[0] else "not discussed yet") for m in missed)
+    words = {s.words for s in claims.STATEMENTS}
+    assert said.keys() - set(missed) and said.keys() - set(missed) <= words  # statements that fail stand there, too
 
 
 # runs and notebooks
@@ -473,6 +549,56 @@ def test_what_is_missing_is_planned_and_nothing_else(tmp_path):
     counts = dict(re.findall(r"^(evaluate|table|tables) +(\d+)$", text, re.M))
     assert counts == {"evaluate": "1", "table": "1", "tables": "1"}, text[-2000:]
     assert "self-no-hybrid.json" in text
+
+
+def make_tables(*targets, **config):
+    command = [sys.executable, "-m", "snakemake", "-s", "workflow/tables.smk", "--cores", "1", "--nolock",
+               "--rerun-incomplete", "--rerun-triggers", "mtime", "--config", "preset=smoke",
+               *(f"{k}={v}" for k, v in config.items()), "--", *map(str, targets)]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            start_new_session=True)
+
+
+def numbers(path):
+    return [(r.name, r.metric, r.value, r.interval, r.n) for r in read_results(path)]
+
+
+@pytest.mark.slow
+def test_killed_deleted_and_called_again(tmp_path):
+    "Killed after the first trial it goes on; a deleted result is measured again, alone, and the same."
+    where = {name: tmp_path / name for name in ("results", "out", "kept")}
+    path = tables.result_path(where["results"], "smoke", "self", "ours")
+    target = where["out"] / "smoke" / "table4.html"
+    first, began = make_tables(path, target, **where), time.monotonic()
+    while not (trials := list(where["kept"].glob("self/*/self-*.json"))):
+        assert first.poll() is None and time.monotonic() - began < 300, first.communicate()[0]
+        time.sleep(.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert len(trials) == 1 and not path.exists()
+    stamp = trials[0].stat().st_mtime_ns
+    second = make_tables(path, target, **where)
+    said, _ = second.communicate()
+    assert second.returncode == 0 and target.exists(), said[-3000:]
+    assert trials[0].stat().st_mtime_ns == stamp and len(list(where["kept"].glob("self/*/self-*.json"))) == 2
+    before = numbers(path)
+    path.unlink()
+    third = make_tables(path, target, **where | {"kept": tmp_path / "anew"})
+    said, _ = third.communicate()
+    assert third.returncode == 0, said[-3000:]
+    jobs = dict(re.findall(r"^(evaluate|table|tables) +(\d+)$", said, re.M))
+    assert jobs == {"evaluate": "1", "table": "1"}, said[:2000]
+    assert before and numbers(path) == before
+
+
+def test_what_is_committed_is_discussed_and_belongs_together():
+    "Tables of results in the repository: nothing is refused, and every claim that does not hold has its words."
+    for preset in ("small", "base"):
+        if not list((ROOT / "results" / preset).glob("self-*.json")):
+            continue
+        for number in TABLES:
+            found = report.report(number, preset, ROOT / "results")
+            assert "not discussed yet" not in found.markdown(), (preset, number)
 
 
 def test_ablations_and_baselines_start_from_the_campaign(tmp_path):

@@ -1,6 +1,6 @@
 # What Tables 1, 3 and 5 need beside the full model: its ablations, and the baselines.
 #
-#   snakemake -s workflow/comparison.smk --cores 2 --rerun-triggers mtime --config preset=small -- comparison
+# The usual call is `make comparison PRESET=small`, after `make train PRESET=small`.
 #
 # Starts from the training campaign in out/train/<preset> (config entry root): its data, its prior, its F, and the
 # checkpoints that the ablations go on from; the parameters of notebooks are those of configs/<preset>.yaml. Ablations are

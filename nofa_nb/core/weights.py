@@ -94,6 +94,8 @@ def _place(source:Path, target:Path)->None:
         raise
     shutil.rmtree(old, ignore_errors=True)
 
+_OWN = r"README\.md|weights-\d{5}-of-\d{5}\.safetensors" # what remains where only the index was removed
+
 def save_weights(
     folder:str|Path,              # made, or replaced
     tensors:Mapping[str, Tensor], # by name, such as a module's `state_dict()`
@@ -103,7 +105,7 @@ def save_weights(
     "Write weights in 16 bits with an index and a model card, whole or not at all."
     target = Path(folder)
     for key in NEEDED: need(record.get(key), f"record[{key!r}]", "given", record.get(key))
-    need(not target.exists() or (target/INDEX).exists() or not any(target.iterdir()), "folder", "new, empty or of weights", target)
+    need(not target.exists() or (target/INDEX).exists() or all(re.fullmatch(_OWN, p.name) for p in target.iterdir()), "folder", "new, empty or of weights", target)
     stored = to_half(tensors)
     parts = shards(stored, most)
     names = [f"weights-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]

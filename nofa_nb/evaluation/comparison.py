@@ -116,7 +116,7 @@ def keep_units(
 def write_units(
     path:str|Path,         # .json
     kept:Mapping[str, Mapping[str, Kept]],
-    about:Mapping,         # provenance of the results beside it
+    about:Mapping,         # provenance of the results beside it; "settings" in words, "seconds"
 )->None:
     "Write a units file."
     plain = lambda k: {"units": k.values} if isinstance(k, ByUnit) else {"whole": k.whole, "left": k.left, "groups": k.groups}

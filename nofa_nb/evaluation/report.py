@@ -16,9 +16,9 @@ import re
 
 from ..core.errors import need
 from ..core.io import atomic_path, read_json
-from ..core.repro import Result
+from ..core.repro import Result, code_version, same_code
 from .claims import Claim, Verdict, verdict
-from .tables import Column, Measured, Row, _short, heading, measured, papers_own, present_weights, published
+from .tables import MEASURING, Column, Measured, Row, _short, heading, measured, papers_own, present_weights, published
 
 # %% ../../nbs/evaluation/report.ipynb #e4d1a6f7
 @dataclass(frozen=True)
@@ -95,7 +95,29 @@ def _note(m:Measured, c:Column)->str:
     units = sorted({r.n for r in m.column(c)})
     counts = f"n {units[0]}" if len(units) == 1 else f"n {units[0]} to {units[-1]}"
     apart = "" if papers_own(*way, c.name) else f"; another extractor than the paper's {c.name}, not comparable with the printed number"
-    return f"{name}: {way[1]}; {counts}{apart}"
+    learnt = "; also a term of the losses that the methods were trained with" if c.name == "LPIPS" and not papers_own(*way, c.name) else ""
+    return f"{name}: {way[1]}; {counts}{_floor(m, c)}{learnt}{apart}"
+
+_OWN = ("nofa", "facevid2vid") # runs of this repository's own versions of others' methods
+
+def _row_notes(m:Measured, protocol:str)->list[str]:
+    "What has to be known of the rows."
+    runs = {row.run: row.label for row in m.layout.rows if (protocol, row.run) in m.found}
+    own, labels = [label for run, label in runs.items() if run in _OWN], {m.about[protocol, run].get("settings", {}).get("labels") for run in runs} - {None}
+    notes = [f"{' and '.join(own)}: compact networks of this repository's own, of the same data and steps; the original programs' frames can be scored in their place"] if own else []
+    if "truth" in labels: notes.append("Methods that are driven by coefficients (NOFA++, NOFA) get the driver's true expression and camera, and the source's true identity; Face-vid2vid and other programs read all of it from pictures")
+    if "M" in labels: notes.append("Methods that are driven by coefficients get what M says of the pictures")
+    hashes = {run: m.found[protocol, run][0].weights_hash for run in runs}
+    for h in dict.fromkeys(hashes.values()):
+        same = [runs[r] for r, x in hashes.items() if x == h]
+        if len(same) > 1: notes.append(f"{' and '.join(same)} are the same weights")
+    return notes
+
+def _floor(m:Measured, c:Column)->str:
+    "What pictures of other people score in this column."
+    name = next((r.metric for r in m.column(c)), "")
+    said = [r for (p, _), rs in m.found.items() if p == c.protocol for r in rs if r.metric == name and r.name.endswith(", strangers")]
+    return f"; sources of different people score {said[0].value:.{c.digits}f}" if said else ""
 
 PROTOCOLS = {"self": "Self-reenactment", "cross": "Cross-reenactment", "audio": "Audio-driven"}
 
@@ -110,7 +132,7 @@ def side_by_side(
     head = [("", "method"), *((left, f"{c.name} {c.arrow}") for c in columns), *((right, name(c)) for c in columns)]
     several = {c: len({r.n for r in m.column(c)}) > 1 for c in columns}
     rows = [(row.label, *(_printed(p, row, c) for c in columns), *(_measured(m, row, c, several[c]) for c in columns)) for row in m.layout.rows]
-    notes = [_note(m, c) for c in columns if m.way(c)]
+    notes = [_note(m, c) for c in columns if m.way(c)] + _row_notes(m, protocol)
     return Block(f"Table {m.layout.number}: {m.layout.title}. {PROTOCOLS[protocol]}", tuple(head), tuple(rows), tuple(dict.fromkeys(notes)))
 
 # %% ../../nbs/evaluation/report.ipynb #9d62b36a
@@ -142,8 +164,8 @@ def statements_block(
 )->Block:
     "What became of the captions' words."
     some = lambda keys: ", ".join(keys) or "none"
-    rows = tuple((s.statement.words, s.status, some(s.best), some(s.beaten), some(s.run)) for s in v.statements)
-    head = tuple(("", t) for t in ("words", "outcome", "best beyond doubt in", "beaten beyond doubt in", "measured columns"))
+    rows = tuple((s.statement.words, s.status, some(s.best), some(s.beaten), some(s.run), some(s.against)) for s in v.statements)
+    head = tuple(("", t) for t in ("words", "outcome", "best beyond doubt in", "beaten beyond doubt in", "measured columns", "held against"))
     return Block(f"What the paper says of Table {v.number}", head, rows)
 
 def orders_block(
@@ -159,10 +181,11 @@ def discussion_block(
     folder:str|Path,
     preset:str,
 )->Block|None: # None: every judged claim holds or is undecided
-    "Words on each claim that does not hold."
+    "Words on each statement and claim that does not hold."
     path = Path(folder)/preset/"discussion.json"
     said = read_json(path) if path.exists() else {}
-    rows = tuple((words(j.claim), said.get(words(j.claim), "not discussed yet")) for j in v.judged if j.status == "does not hold")
+    failed = [s.statement.words for s in v.statements if s.status == "does not hold"] + [words(j.claim) for j in v.judged if j.status == "does not hold"]
+    rows = tuple((f, said.get(f, "not discussed yet")) for f in failed)
     return Block(f"Claims of Table {v.number} that do not hold", (("", "claim"), ("", "discussion")), rows) if rows else None
 
 # %% ../../nbs/evaluation/report.ipynb #8191af09
@@ -170,12 +193,14 @@ def provenance_block(
     m:Measured,
 )->Block:
     "What every file of results belongs to."
-    rows = []
+    rows, now = [], code_version()
     for (protocol, run), results in m.found.items():
         r, here = results[0], present_weights(m.preset, run)
         weights = _short(r.weights_hash) + (" (as here)" if here else " (weights not here)")
-        rows.append((f"{m.preset}/{protocol}-{run}.json", weights, _short(r.data_hash), _short(r.config_hash), _short(r.commit), r.date, r.device, str(r.seed)))
-    head = tuple(("", t) for t in ("file", "weights", "manifest", "settings", "commit", "date", "device", "seed"))
+        took = m.about[protocol, run].get("seconds")
+        commit = _short(r.commit) + ("" if same_code(r.commit, now, MEASURING) else " (other code than here)")
+        rows.append((f"{m.preset}/{protocol}-{run}.json", weights, _short(r.data_hash), _short(r.config_hash), commit, r.date, r.device, str(r.seed), "-" if took is None else f"{took:.0f}"))
+    head = tuple(("", t) for t in ("file", "weights", "manifest", "settings", "commit", "date", "device", "seed", "seconds"))
     return Block(f"Where the numbers of Table {m.layout.number} come from", head, tuple(rows))
 
 # %% ../../nbs/evaluation/report.ipynb #03bebe3f

@@ -33,7 +33,8 @@ def psnr(
 def ssim(
     image:Float[Tensor, "b c h w"], # in [0, 1], at least 11 pixels a side
     truth:Float[Tensor, "b c h w"],
-)->Float[Tensor, "b"]:              # 1: the same
+    weights:Float[Tensor, "b 1 h w"]|None=None, # 0 or more; None: all alike
+)->Float[Tensor, "b"]:              # 1: the same; NaN where all weights are 0
     "Structural similarity of each image."
     need_shape("image", image, "b c h w")
     need(truth.shape == image.shape, "truth", f"{tuple(image.shape)}, like image", tuple(truth.shape))
@@ -44,7 +45,10 @@ def ssim(
     mean = lambda x: F.conv2d(F.conv2d(x, line, groups=c), line.mT, groups=c)
     a, b = mean(image), mean(truth)
     va, vb, ab = mean(image**2) - a**2, mean(truth**2) - b**2, mean(image * truth) - a * b
-    return ((2*a*b + .01**2) * (2*ab + .03**2) / ((a**2 + b**2 + .01**2) * (va + vb + .03**2))).flatten(1).mean(1)
+    found = ((2*a*b + .01**2) * (2*ab + .03**2) / ((a**2 + b**2 + .01**2) * (va + vb + .03**2))).mean(1, keepdim=True)
+    if weights is None: return found.flatten(1).mean(1)
+    w = weights[..., 5:-5, 5:-5] # of the windows' middles
+    return (found * w).flatten(1).sum(1) / w.flatten(1).sum(1)
 
 # %% ../../nbs/ops/fidelity.ipynb #d0007e07
 def box_mask(
