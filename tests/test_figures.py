@@ -2,7 +2,9 @@
 import ast
 import json
 import re
+import runpy
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,9 @@ from nofa_nb.core.io import read_json, write_json
 from nofa_nb.core.repro import hash_tensors
 from nofa_nb.core.weights import save_weights
 from nofa_nb.evaluation import figures as G
+from nofa_nb.evaluation.avatar import weights_on_planes
 from nofa_nb.evaluation.figures import FIGURES, NOT_RUN, About, Figure, panel
+from nofa_nb.evaluation.protocols import cross_trials
 from nofa_nb.evaluation.tables import PARTS
 from nofa_nb.models.avatar import build_avatar_model, save_avatar_model
 
@@ -54,6 +58,17 @@ def test_a_caption_has_its_provenance(number):
               *(f"{run} {str(k + 1) * 12}" for k, run in enumerate(FIGURES[number].runs))]
     assert [w for w in wanted if w not in told] == [] and "RANDOM" not in told and "Not run" not in told
     assert "RANDOM WEIGHTS" in G.caption(number, made(number, trained=False))
+
+
+def test_a_caption_says_whose_labels_were_given():
+    for number in DRAWN:
+        told = G.caption(number, made(number))
+        assert "are the true labels of the synthetic world, not M's estimates" in told and "photo are M's" not in told
+    (toy,) = made(10).panels
+    told = G.caption(10, Figure(10, (replace(toy, rows=(G.PHOTO, "make-up 1")),), about(10)))
+    assert "not M's estimates; those of the real photo are M's." in told
+    told = G.caption(10, Figure(10, (replace(toy, rows=(G.PHOTO, G.PHOTO)),), about(10)))
+    assert "cameras are M's estimates." in told and "true labels" not in told
 
 
 def test_a_missing_run_is_named_and_drawn_as_not_run():
@@ -158,6 +173,18 @@ def test_what_is_written_shows_picture_caption_and_provenance(tmp_path):
     assert shown.caption.split(". ")[0] in "\n".join(t.get_text() for t in shown.plot(words=True).texts)
 
 
+# what is committed
+
+COMMITTED = [(p.parts[-3], int(p.stem[3:])) for p in sorted((ROOT / "results").glob("*/figures/fig*.json"))]
+
+
+@pytest.mark.parametrize("preset, number", COMMITTED)
+def test_committed_figures_belong_to_these_weights_and_lists(preset, number, monkeypatch):
+    monkeypatch.delenv("NOFA_WEIGHTS", raising=False)
+    shown = G.figure(number, preset, ROOT / "results")  # a refusal says what changed since, and what to do
+    assert shown.figure.about.trained and shown.figure.about.preset == preset
+
+
 # notebooks and workflow
 
 def code_of(path):
@@ -213,6 +240,19 @@ def test_what_is_missing_is_planned_and_nothing_else(tmp_path):
     assert counts == {"tiles": "1", "figure": "2", "figures": "1"}, text[-2000:]
 
 
+def test_the_check_of_a_whole_preset_says_how_long_the_tiles_took(tmp_path, monkeypatch, capsys):
+    for number in DRAWN:
+        G.write_figure(tmp_path, made(number, seconds=float(number)))
+    monkeypatch.setattr(sys, "argv", ["check_figures.py", "toy", str(tmp_path)])
+    runpy.run_path(str(ROOT / "workflow/check_figures.py"))
+    took = f"their tiles took {sum(DRAWN)} s, the longest (Fig. {DRAWN[-1]}) {DRAWN[-1]} s, on cpu\n"
+    told = capsys.readouterr().out
+    assert told.endswith(took) and f"{len(DRAWN)} figures belong to what is here, 2 are not run" in told
+    G.write_figure(tmp_path, made(9, data_hash="5" * 64))
+    with pytest.raises(SystemExit, match="figures: lists of fig09 of toy must be"):
+        runpy.run_path(str(ROOT / "workflow/check_figures.py"))
+
+
 def run(tmp_path, monkeypatch, path, **given):
     import papermill
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -237,6 +277,9 @@ def test_from_weights_to_a_figure_without_the_ablations(tmp_path, monkeypatch):
     assert figure.panels[0].words == (("", "", NOT_RUN, NOT_RUN, ""),) and np.ptp(figure.panels[0].tiles[0, 4]) > 0
     shown = run(tmp_path, monkeypatch, "paper_figures/fig07.ipynb", **given)
     assert "Not run, as their weights do not exist: no-identity, no-weights." in shown and "Preset smoke" in shown
+    source = cross_trials(figure.size, 75, 1)[0].source()
+    most = weights_on_planes(model.eval().deformation, source.alpha, size=figure.size).max()
+    assert f"In (b) the largest weight, drawn as 1, is {most:.3f} (1)." in shown
     save_avatar_model(place / "smoke" / "avatar", build_avatar_model("smoke", 4), TEXT)
     with pytest.raises(InputError, match="weights of ours in fig07 of smoke"):
         G.figure(7, "smoke", tmp_path / "results")
