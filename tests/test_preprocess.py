@@ -717,6 +717,52 @@ def test_a_killed_run_leaves_nothing_under_the_final_name(tmp_path):
     )
 
 
+def test_a_picture_that_was_changed_is_refused(tmp_path):
+    film_file(tmp_path / "a.mp4", [scene((150 + k, 150)) for k in range(4)])
+    prepare_folder([tmp_path / "a.mp4"], tmp_path / "out", square_detector, grey_m, 32, progress=False)
+    clip = read_clip_folder(tmp_path / "out" / "a")
+    before, path = clip.sha256, clip.folder / "frames" / "000002.jpg"
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(path)
+    for index in (2, -2):
+        with pytest.raises(InputError, match="the picture that was prepared"):
+            clip.image(index)
+    assert clip.image(1).shape == clip.image(-1).shape == (3, 32, 32)
+    assert read_clip_folder(clip.folder).sha256 == before  # of what was prepared: the frame itself is checked when it is read
+    hashes = json.loads((clip.folder / "pictures.json").read_text())
+    (clip.folder / "pictures.json").write_text(json.dumps(hashes[::-1]))
+    assert read_clip_folder(clip.folder).sha256 != before
+    (clip.folder / "pictures.json").write_text(json.dumps(hashes[1:]))
+    with pytest.raises(InputError, match="of 4 frames"):
+        read_clip_folder(clip.folder)
+    (clip.folder / "pictures.json").unlink()  # as older folders are: for training, not for a list of test clips
+    assert read_clip_folder(clip.folder).image(2).max() < 0.1
+    with pytest.raises(InputError, match="prepare it again"):
+        read_clip_folder(clip.folder).sha256
+
+
+def test_folders_of_pictures_are_videos(tmp_path):
+    for k in range(6):
+        (tmp_path / "in" / "Clip+x.y").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene((150 + 4 * k, 150))).save(tmp_path / "in" / "Clip+x.y" / f"{k:08d}.png")
+    (tmp_path / "in" / "empty").mkdir()
+    videos, out = [tmp_path / "in" / "Clip+x.y", tmp_path / "in" / "empty"], tmp_path / "out"
+    run = lambda **kw: prepare_folder(videos, out, square_detector, grey_m, 32, progress=False, **kw)
+    first = run()
+    assert [o.status for o in first] == ["done", "failed"] and "folder of PNG or JPEG" in first[1].message
+    clip = read_clip_folder(out / "Clip+x.y")
+    frames = list(
+        preprocess_video(Film([lambda k=k: scene((150 + 4 * k, 150)) for k in range(6)]), square_detector, grey_m, 32)
+    )
+    assert clip.record["fps"] == 25 and len(clip) == 6 and torch.equal(clip.beta[5], frames[5].beta[0])
+    assert [o.status for o in run()] == ["skipped", "failed"]
+    (videos[0] / "00000005.png").write_bytes((videos[0] / "00000004.png").read_bytes())
+    assert "another sha256" in run()[0].message
+    assert run(names=["other", "none"], fps=10.0)[0] == first[0].__class__("other", "done", 6)
+    assert read_clip_folder(out / "other").record["fps"] == 10
+    with pytest.raises(InputError, match="names must be 2"):
+        run(names=["other"])
+
+
 def test_bad_folders(tmp_path):
     film_file(tmp_path / "a.mp4", [scene((150, 150))] * 3)
     (tmp_path / "file").write_text("")

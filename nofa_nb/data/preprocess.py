@@ -7,8 +7,8 @@ __all__ = ['Detector', 'Face3D', 'Framing', 'SIDE', 'SMALLEST', 'ATTEMPTS', 'UNS
            'WINDOW', 'LOOKED_AT', 'FRAME_SIDE', 'PATIENCE', 'AT_ONCE', 'FASTEST', 'FORMAT', 'read_face', 'mean_points',
            'frame_face', 'find_faces', 'turn_back', 'search', 'cut', 'scaling', 'recut', 'Prepared', 'PreparedImage',
            'remarks', 'check_settings', 'preprocess_image', 'Tracker', 'camera_row', 'row_camera', 'PreparedFrame',
-           'VideoReport', 'PreparedVideo', 'preprocess_video', 'motion_of', 'whole_folder', 'write_clip_folder',
-           'ClipFolder', 'read_clip_folder', 'Outcome', 'prepare_folder', 'outcome_table']
+           'VideoReport', 'PreparedVideo', 'FrameReader', 'preprocess_video', 'motion_of', 'whole_folder',
+           'write_clip_folder', 'ClipFolder', 'read_clip_folder', 'Outcome', 'outcome_table', 'prepare_folder']
 
 # %% ../../nbs/data/preprocess.ipynb #b4cec22c
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ..core.errors import InputError, NofaError, need, need_shape
 from ..core.io import Sound, VideoReader, load_tensors, read_image, read_json, read_wave, save_tensors, write_image, write_json, write_wave
-from ..core.repro import code_version, hash_file
+from ..core.repro import code_version, hash_config, hash_file
 from .smoothing import Moment, Smoothing, Steady, beta_widths, smooth
 from ..experts.face3d import FaceParameters, load_face3d, usual_crop
 from ..experts.landmarks import Detection, Photo, as_bytes, detect, detected_points
@@ -480,12 +480,28 @@ class PreparedVideo:
 # %% ../../nbs/data/preprocess.ipynb #5dd62732
 FASTEST = 60. # frames per second
 
+class FrameReader:
+    "A video that is a folder of pictures, in the order of their names."
+    def __init__(self,
+        folder:str|Path,
+        fps:float=25.,   # frames per second; the pictures do not say
+    ):
+        self.files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        need(self.files, "video", "a file, or a folder of PNG or JPEG pictures", folder)
+        self.fps, self.frames = fps, len(self.files)
+
+    def timed(self)->Iterator[tuple[float, UInt8[np.ndarray, "h w 3"]]]:
+        "RGB frames with their times in seconds."
+        return ((k / self.fps, as_bytes(read_image(path))) for k, path in enumerate(self.files))
+
+    def audio(self)->None: "Pictures are silent."
+
 def preprocess_video(
-    video:str|Path|VideoReader,  # a file, or a reader
+    video:str|Path|VideoReader,  # a file, a folder of pictures, or a reader
     detector:Detector=detect,
     face3d:Face3D|None=None,     # M; None: load_face3d()
     size:int=256,                # of the crops, pixels
-    fps:float|None=None,         # frames per second wanted; None: the file's average, at most 60
+    fps:float|None=None,         # frames per second wanted; None: the file's average, at most 60; 25 for pictures
     framing:Framing="world",
     every:int=1,                 # the detector looks at every so many frames
     smoothing:Smoothing=Smoothing(),
@@ -496,7 +512,7 @@ def preprocess_video(
     need(fps is None or 0 < fps <= FASTEST, "fps", f"above 0, at most {FASTEST:.0f}, or None", fps)
     need(isinstance(every, int) and every >= 1, "every", "a whole number from 1", every)
     name = Path(video).name if isinstance(video, (str, Path)) else "the video"
-    video = VideoReader(video) if isinstance(video, (str, Path)) else video
+    if isinstance(video, (str, Path)): video = FrameReader(video, fps or 25.) if Path(video).is_dir() else VideoReader(video)
     face3d = load_face3d() if face3d is None else face3d
     return PreparedVideo(video, name, detector, face3d, size, min(video.fps, FASTEST) if fps is None else fps, framing, every, smoothing, progress)
 
@@ -517,20 +533,22 @@ FORMAT = "nofa_nb prepared clip 1"
 
 @contextmanager
 def whole_folder(
-    path:str|Path, # final name; must not be there yet
+    path:str|Path,   # final name; must not be there yet
+    keep:bool=False, # keep what is written when the block fails, for the next call
 )->Iterator[Path]: # folder to write to meanwhile
-    "Write a folder whole or not at all."
+    "Write a folder whole or not at all, under its final name."
     path = Path(path)
     need(not path.exists(), "path", "a new folder", f"{path}, which exists")
     part = path.with_name(f".{path.name}.part")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        if not keep: shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise InputError(f"cannot write {path}: {e.strerror or e}; choose another place") from e
     try:
         yield part
         part.rename(path)
-    finally: shutil.rmtree(part, ignore_errors=True)
+    finally:
+        if not keep: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../../nbs/data/preprocess.ipynb #99825784
 def write_clip_folder(
@@ -547,11 +565,13 @@ def write_clip_folder(
         report, sound = video.report, video.audio()
         labels = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         save_tensors(part/"labels.safetensors", labels | {"alpha": report.alpha.expand(len(rows), -1)}, {"format": FORMAT})
+        write_json(part/"pictures.json", [hash_file(p) for p in sorted((part/"frames").iterdir())])
         if sound is not None: write_wave(part/"sound.wav", *sound)
         write_json(part/"clip.json", dict(format=FORMAT, **about, size=video.size, fps=video.fps, framing=video.framing, frames=report.frames, missing=report.missing,
                                           stretches=report.stretches, warnings=report.warnings, code=code_version()))
     return report
 
+# %% ../../nbs/data/preprocess.ipynb #5b0c41de
 @dataclass(frozen=True, eq=False)
 class ClipFolder:
     "A prepared video on the disk."
@@ -565,10 +585,21 @@ class ClipFolder:
     transform:Float[Tensor, "t 2 3"]  # from the video's frame to the crop
     time:Float[Tensor, "t"]           # seconds
     found:Bool[Tensor, "t"]           # was there a face?
+    pictures:tuple[str, ...]|None=None # SHA-256 of each frame's file; None: not known
 
     def __len__(self)->int: return len(self.beta)
 
-    def image(self, index:int)->Float[Tensor, "3 s s"]: return read_image(self.folder/"frames"/f"{range(len(self))[index]:06d}.jpg") # in [0, 1]
+    def image(self, index:int)->Float[Tensor, "3 s s"]: # in [0, 1]
+        "A frame; where the folder knows its pictures, it must be the one that was prepared."
+        path = self.folder/"frames"/f"{range(len(self))[index]:06d}.jpg"
+        if self.pictures is not None: need(hash_file(path) == self.pictures[index], str(path), "the picture that was prepared", "another", "prepare it again")
+        return read_image(path)
+
+    @property
+    def sha256(self)->str: # 64 hexadecimal digits
+        "What identifies labels and pictures."
+        need(self.pictures is not None, f"{self.folder}", "a clip with pictures.json, the hashes of its frames", "one without", "prepare it again")
+        return hash_config(dict(labels=hash_file(self.folder/"labels.safetensors"), pictures=self.pictures))
 
     def motion(self)->Motion:
         "Expressions, cameras and sound."
@@ -584,7 +615,9 @@ def read_clip_folder(
     record = read_json(folder/"clip.json")
     need(isinstance(record, dict) and record.get("format") == FORMAT, "folder", "a clip written by prepare_folder", folder)
     tensors, _ = load_tensors(folder/"labels.safetensors")
-    return ClipFolder(folder, record, **tensors)
+    pictures = tuple(read_json(folder/"pictures.json")) if (folder/"pictures.json").exists() else None
+    need(pictures is None or len(pictures) == len(tensors["beta"]), "pictures.json", f"of {len(tensors['beta'])} frames", len(pictures or ()), f"prepare {folder} again")
+    return ClipFolder(folder, record, **tensors, pictures=pictures)
 
 # %% ../../nbs/data/preprocess.ipynb #0cf6bd72
 @dataclass(frozen=True)
@@ -596,6 +629,12 @@ class Outcome:
     missing:int = 0    # without a face
     message:str = ""   # warnings, or why it failed
 
+def outcome_table(outcomes:Sequence[Outcome])->str: # Markdown
+    "Outcomes as a table."
+    rows = [f"| {o.name} | {o.status} | {o.frames or ''} | {o.missing or ''} | {o.message} |" for o in outcomes]
+    return "\n".join(["| video | status | frames | without a face | |", "|---|---|---|---|---|", *rows])
+
+# %% ../../nbs/data/preprocess.ipynb #c2f8a9d3
 def _finished(folder:Path, about:dict)->Outcome|None:
     "The outcome of a folder that is there."
     if not folder.exists(): return None
@@ -604,8 +643,10 @@ def _finished(folder:Path, about:dict)->Outcome|None:
     need(not other, "out", f"a folder without another {folder.name}", f"one with another {', '.join(other)}", "choose another folder, or remove it")
     return Outcome(folder.name, "skipped", record["frames"], record["missing"])
 
+def _video_hash(video:Path)->str: return hash_config({p.name: hash_file(p) for p in FrameReader(video).files}) if video.is_dir() else hash_file(video)
+
 def prepare_folder(
-    videos:Sequence[str|Path],  # files
+    videos:Sequence[str|Path],  # files, or folders of pictures
     out:str|Path,               # a folder for each is made there
     detector:Detector=detect,
     face3d:Face3D|None=None,    # M; None: load_face3d()
@@ -613,30 +654,27 @@ def prepare_folder(
     fps:float|None=None,        # None: each video's own, at most 60
     framing:Framing="world",
     progress:bool=True,         # show bars
+    names:Sequence[str]|None=None, # of the folders that are made; None: those of the files
 )->list[Outcome]:
     "Prepare videos for training; go on where a run was stopped."
     check_settings(size, framing)
     videos, out, outcomes = [Path(v) for v in videos], Path(out), []
-    names = [v.stem for v in videos]
+    names = [v.name if v.is_dir() else v.stem for v in videos] if names is None else list(names)
+    need(len(names) == len(videos), "names", f"{len(videos)}, one for each video", len(names))
     twice = sorted({n for n in names if names.count(n) > 1})
     need(names and not twice, "videos", "files with different names", f"{', '.join(twice[:5])} more than once" if twice else "none")
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise InputError(f"cannot make the folder {out}: {e.strerror or e}; choose another place") from e
     face3d = load_face3d() if face3d is None else face3d
-    for path in tqdm(videos, "videos", unit="video", delay=2, disable=None if progress else True):
+    for name, path in zip(names, tqdm(videos, "videos", unit="video", delay=2, disable=None if progress else True)):
         try:
-            about = dict(source=path.name, sha256=hash_file(path), size=size, framing=framing)
-            outcome = _finished(out/path.stem, about)
+            about = dict(source=path.name, sha256=_video_hash(path), size=size, framing=framing)
+            outcome = _finished(out/name, about)
             if outcome is None:
                 video = preprocess_video(path, detector, face3d, size, fps, framing, progress=progress)
-                report = write_clip_folder(out/path.stem, video, {k: about[k] for k in ("source", "sha256")})
-                outcome = Outcome(path.stem, "done", report.frames, report.missing, "; ".join(report.warnings))
-        except Exception as e: outcome = Outcome(path.stem, "failed", message=f"{e}" if isinstance(e, NofaError) else f"{type(e).__name__}: {e}") # thousands of others wait
+                report = write_clip_folder(out/name, video, {k: about[k] for k in ("source", "sha256")})
+                outcome = Outcome(name, "done", report.frames, report.missing, "; ".join(report.warnings))
+        except Exception as e: outcome = Outcome(name, "failed", message=f"{e}" if isinstance(e, NofaError) else f"{type(e).__name__}: {e}") # thousands of others wait
         outcomes.append(outcome)
     write_json(out/"report.json", outcomes)
     return outcomes
-
-def outcome_table(outcomes:Sequence[Outcome])->str: # Markdown
-    "Outcomes as a table."
-    rows = [f"| {o.name} | {o.status} | {o.frames or ''} | {o.missing or ''} | {o.message} |" for o in outcomes]
-    return "\n".join(["| video | status | frames | without a face | |", "|---|---|---|---|---|", *rows])
