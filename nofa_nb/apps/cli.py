@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from .campaign import GRAPH
-from .evaluate_cli import evaluate_avatar, evaluate_avatar_arguments
+from .evaluate_cli import evaluate_avatar, evaluate_avatar_arguments, prepare, prepare_arguments
 from .explorer_serve import explore, explore_arguments
 from .reenact_cli import adapt_arguments, adapt_command, reenact, reenact_arguments
 from ..core.config import DEFAULT
@@ -439,6 +439,7 @@ COMMANDS = (
     Command("train weights", "weights of finished steps, as they ship", weights_arguments, train_weights),
     Command("evaluate prior", "the 3D generator, against the world's own pictures", evaluate_prior_arguments, evaluate_prior),
     Command("evaluate avatar", "the whole model: reenactment, canonical space, W-Net, M, real photos", evaluate_avatar_arguments, evaluate_avatar),
+    Command("evaluate prepare", "a data set of the paper, made ready to be tested on", prepare_arguments, prepare),
     Command("sample", "new faces of the 3D generator: a sheet and a film", sample_arguments, sample),
     Command("reenact", "a film of an avatar from one photo and a driving video", reenact_arguments, reenact),
     Command("adapt", "an avatar file of a face, adapted to it", adapt_arguments, adapt_command),
