@@ -1,4 +1,4 @@
-"""The paper's data sets as folders in the form in which they come: names, preparation that goes on, lists of one set or several, trials."""
+"""The paper's data sets in the form in which they come: names, preparation that goes on, lists of sets, trials."""
 
 import json
 import shutil
@@ -46,7 +46,9 @@ def detector(image):
 
 def m(image):
     n = len(image)
-    return FaceParameters(image.new_zeros(n, 100), image.mean((1, 2, 3))[:, None].expand(-1, 52), Camera.orbit(torch.zeros(n)))
+    return FaceParameters(
+        image.new_zeros(n, 100), image.mean((1, 2, 3))[:, None].expand(-1, 52), Camera.orbit(torch.zeros(n))
+    )
 
 
 def picture(grey, size=64):
@@ -70,22 +72,37 @@ def pictures(folder, frames=4):
         photo(folder / f"{k:08d}.png", 90 + 5 * k)
 
 
-# Each set as it comes (the section of the set in nbs/evaluation/datasets.ipynb says where that is written): what is laid
-# down, what of it is prepared, who that is. Names are the sets' own.
+# Each set as it comes (nbs/evaluation/datasets.ipynb says where that is written): what is laid down, what of it is
+# prepared, who that is. Names are the sets' own.
 FORMS = {
     "HDTF": (
         ["WDA_ChrisMurphy0_000.mp4", "WDA_ChrisMurphy1_000.mp4", "RD_Radio11_001.mp4", "_videos_raw/RD_Radio11.mp4"],
         {"WDA_ChrisMurphy0_000": "ChrisMurphy", "WDA_ChrisMurphy1_000": "ChrisMurphy", "RD_Radio11_001": "Radio11"},
     ),
     "VFHQ": (
-        ["Clip+_HebIzK_LP4+P2+C1+F16589-16715/", "Clip+y5OFsRIRkwc+P0+C0+F9797-9938/", "Clip+y5OFsRIRkwc+P0+C1+F1-9.mp4",
-         "meta/Clip+y5OFsRIRkwc+P0+C0+F9797-9938.txt"],
-        {"Clip+_HebIzK_LP4+P2+C1+F16589-16715": "_HebIzK_LP4+P2", "Clip+y5OFsRIRkwc+P0+C0+F9797-9938": "y5OFsRIRkwc+P0",
-         "Clip+y5OFsRIRkwc+P0+C1+F1-9": "y5OFsRIRkwc+P0"},
+        [
+            "Clip+_HebIzK_LP4+P2+C1+F16589-16715/",
+            "Clip+y5OFsRIRkwc+P0+C0+F9797-9938/",
+            "Clip+y5OFsRIRkwc+P0+C1+F1-9.mp4",
+            "meta/Clip+y5OFsRIRkwc+P0+C0+F9797-9938.txt",
+        ],
+        {
+            "Clip+_HebIzK_LP4+P2+C1+F16589-16715": "_HebIzK_LP4+P2",
+            "Clip+y5OFsRIRkwc+P0+C0+F9797-9938": "y5OFsRIRkwc+P0",
+            "Clip+y5OFsRIRkwc+P0+C1+F1-9": "y5OFsRIRkwc+P0",
+        },
     ),
-    "FFHQ": (["00000/00000.png", "00000/00001.png", "01000/01000.png", "LICENSE.txt"], {n: n for n in ("00000", "00001", "01000")}),
+    "FFHQ": (
+        ["00000/00000.png", "00000/00001.png", "01000/01000.png", "LICENSE.txt"],
+        {n: n for n in ("00000", "00001", "01000")},
+    ),
     "LPFF": (
-        ["100004356@N06_21795165006_01.png", "100004356@N06_21795165006_02.png", "30863942@N00_2165775309_12.jpg", "info.json"],
+        [
+            "100004356@N06_21795165006_01.png",
+            "100004356@N06_21795165006_02.png",
+            "30863942@N00_2165775309_12.jpg",
+            "info.json",
+        ],
         {n: n for n in ("100004356@N06_21795165006_01", "100004356@N06_21795165006_02", "30863942@N00_2165775309_12")},
     ),
     "CelebV-HQ": (
@@ -93,11 +110,19 @@ FORMS = {
         {"M2Ohb0FAaJU_1": "M2Ohb0FAaJU", "-GHMHbLRtJg_47_0": "-GHMHbLRtJg", "-GHMHbLRtJg_48_0": "-GHMHbLRtJg"},
     ),
     "VoxCeleb": (
-        ["dev/mp4/id00012/21Uxsk56VDQ/00001.mp4", "dev/mp4/id00012/2DLq_Kkc1r8/00001.mp4", "dev/mp4/id00015/0fijmz4vTVU/00001.mp4",
-         "dev/aac/id00015/0fijmz4vTVU/00001.m4a"],
-        {"id00012_21Uxsk56VDQ_00001": "id00012", "id00012_2DLq_Kkc1r8_00001": "id00012", "id00015_0fijmz4vTVU_00001": "id00015"},
+        [
+            "dev/mp4/id00012/21Uxsk56VDQ/00001.mp4",
+            "dev/mp4/id00012/2DLq_Kkc1r8/00001.mp4",
+            "dev/mp4/id00015/0fijmz4vTVU/00001.mp4",
+            "dev/aac/id00015/0fijmz4vTVU/00001.m4a",
+        ],
+        {
+            "id00012_21Uxsk56VDQ_00001": "id00012",
+            "id00012_2DLq_Kkc1r8_00001": "id00012",
+            "id00015_0fijmz4vTVU_00001": "id00015",
+        },
     ),
-}  # fmt: skip
+}
 
 
 def lay(dataset, root):
@@ -141,7 +166,11 @@ def test_each_set_in_the_form_in_which_it_comes(dataset, tmp_path):
         draw_list({dataset: place}, len(set(people.values())) + 1)
     if DATASETS[dataset].kind == "videos":
         trials, manifest, skipped = dataset_trials(place, "self", 16)
-        assert len(trials) == len(set(people.values())) and not skipped and manifest == draw_list({dataset: place}, 40, fewer=True).sha256
+        assert (
+            len(trials) == len(set(people.values()))
+            and not skipped
+            and manifest == draw_list({dataset: place}, 40, fewer=True).sha256
+        )
         assert trials[0].source().index == (0,) and [i for f in trials[0].drive() for i in f.index] == [1, 2, 3]
     else:
         drivers, _ = ready("HDTF", tmp_path)
@@ -167,8 +196,15 @@ def test_a_wrong_folder_is_named(tmp_path):
 def test_a_number_of_different_people_is_drawn(tmp_path):
     place, outcomes = ready("HDTF", tmp_path, count=2)
     assert {person_of("HDTF", o.name) for o in outcomes} == {"ChrisMurphy", "Radio11"}
-    other = {tuple(o.name for o in prepare_dataset("FFHQ", lay("FFHQ", tmp_path / "f"), tmp_path / f"f{k}", detector, m, 16, None, "eg3d", 1, k, False))
-             for k in range(4)}  # fmt: skip
+    other = {
+        tuple(
+            o.name
+            for o in prepare_dataset(
+                "FFHQ", lay("FFHQ", tmp_path / "f"), tmp_path / f"f{k}", detector, m, 16, None, "eg3d", 1, k, False
+            )
+        )
+        for k in range(4)
+    }
     assert len(other) > 1
 
 
@@ -200,7 +236,13 @@ def test_photos_go_on_where_they_were_stopped(tmp_path):
     assert clip.record["names"] == ["0", "2", "3", "4"] and clip.time.tolist() == [0, 1, 2, 3] and clip.found.all()
     assert (out / "frames" / "000001.jpg").read_bytes() == kept
     assert [(out / "frames" / f"{j:06d}.jpg").stat().st_mtime_ns for j in (0, 1)] == stamps
-    assert sorted(p.name for p in out.iterdir()) == ["clip.json", "frames", "labels.safetensors", "pictures.json", "report.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "clip.json",
+        "frames",
+        "labels.safetensors",
+        "pictures.json",
+        "report.json",
+    ]
     whole = tmp_path / "whole"
     prepare_photos(files, whole, detector, m, 16, "eg3d", False)
     assert read_clip_folder(whole).sha256 == clip.sha256  # the same as in one go
@@ -219,13 +261,18 @@ def test_photos_go_on_at_their_end(tmp_path, monkeypatch, stopped):
     files = [tmp_path / f"{k}.png" for k in range(3)]
     for k, path in enumerate(files):
         photo(path, 80 + 10 * k)
-    owner, name = (getattr(module, stopped.split(".")[0]), stopped.split(".")[1]) if "." in stopped else (module, stopped)
+    owner, name = (
+        (getattr(module, stopped.split(".")[0]), stopped.split(".")[1]) if "." in stopped else (module, stopped)
+    )
     real, calls = getattr(owner, name), []
 
     def dies(*args, **kwargs):
         calls.append(Path(args[0]).as_posix())
-        late = {"os.replace": calls[-1].endswith("work/000001.jpg"),
-                "write_json": calls[-1].endswith("clip.json"), "shutil.rmtree": calls[-1].endswith("work")}[stopped]  # fmt: skip
+        late = {
+            "os.replace": calls[-1].endswith("work/000001.jpg"),
+            "write_json": calls[-1].endswith("clip.json"),
+            "shutil.rmtree": calls[-1].endswith("work"),
+        }[stopped]
         if late:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
@@ -253,9 +300,15 @@ def test_photos_without_a_face(tmp_path):
 def test_sets_together_have_one_manifest(tmp_path):
     places = [ready(n, tmp_path)[0] for n in ("HDTF", "VFHQ")]
     trials, manifest, _ = dataset_trials(places, "self", 16, 2)
-    assert [t.name.split("-")[0] for t in trials] == ["HDTF", "VFHQ", "HDTF", "VFHQ"] and len({t.unit for t in trials}) == 4
+    assert [t.name.split("-")[0] for t in trials] == ["HDTF", "VFHQ", "HDTF", "VFHQ"] and len(
+        {t.unit for t in trials}
+    ) == 4
     assert manifest == dataset_trials(places[::-1], "self", 16, 2).manifest_hash
-    assert manifest != dataset_trials(places[0], "self", 16, 2).manifest_hash != dataset_trials(places[1], "self", 16, 2).manifest_hash
+    assert (
+        manifest
+        != dataset_trials(places[0], "self", 16, 2).manifest_hash
+        != dataset_trials(places[1], "self", 16, 2).manifest_hash
+    )
     listed = draw_list(prepared_sets(places), 4)
     write_list(tmp_path / "list.json", listed)
     assert read_list(tmp_path / "list.json") == listed and listed.sha256 == manifest
@@ -295,8 +348,13 @@ def test_a_clip_without_a_face_in_the_chosen_frames_is_left_out(tmp_path):
     video(folder / "WDA_AnnOne_0.mp4", 8, dark=range(2, 8))
     video(folder / "WDA_BobTwo_0.mp4", 8)
     prepare_dataset("HDTF", folder, tmp_path / "out", detector, m, 16, framing="eg3d", progress=False)
-    trials, manifest, skipped = dataset_trials(tmp_path / "out", "self", 16, 6)  # frame 3; frame 1 has a face and is not chosen
-    assert [t.unit for t in trials] == ["BobTwo"] and len(skipped) == 1 and "WDA_AnnOne_0 of HDTF is left out: it shows no face" in skipped[0]
+    # a stride of 6 chooses frame 3; frame 1 has a face and is not chosen
+    trials, manifest, skipped = dataset_trials(tmp_path / "out", "self", 16, 6)
+    assert (
+        [t.unit for t in trials] == ["BobTwo"]
+        and len(skipped) == 1
+        and "WDA_AnnOne_0 of HDTF is left out: it shows no face" in skipped[0]
+    )
     assert list(trials[0].drive())[0].index == (3,)
     both = dataset_trials(tmp_path / "out", "self", 16, 1)
     assert len(both.trials) == 2 and not both.skipped and both.manifest_hash == manifest
@@ -320,14 +378,20 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     Image.fromarray(data.coffee()).save(tmp_path / "ffhq" / "00000" / "00001.png")
     asked = []
     monkeypatch.setattr("nofa_nb.experts.face3d.load_face3d", lambda *a: asked.append(a) or m)
-    run = lambda *more: cli.main(["evaluate", "prepare", "FFHQ", str(tmp_path / "ffhq"), str(tmp_path / "out"), "--size", "32", *more])
+    run = lambda *more: cli.main(
+        ["evaluate", "prepare", "FFHQ", str(tmp_path / "ffhq"), str(tmp_path / "out"), "--size", "32", *more]
+    )
     assert run() == 0
     told = capsys.readouterr().out
     assert "1 done, 0 there before, 1 failed" in told and "00001.png" in told and asked == [("paper", "deep3d")]
     clip = read_clip_folder(tmp_path / "out")
     assert clip.record["names"] == ["00000"] and clip.record["framing"] == "eg3d" and clip.image(0).shape == (3, 32, 32)
     assert run() == 0 and "0 done, 1 there before, 1 failed" in capsys.readouterr().out
-    assert run("--preset", "small") == 2 and "the same framing" in capsys.readouterr().err and asked[-1] == ("small", "world")
+    assert (
+        run("--preset", "small") == 2
+        and "the same framing" in capsys.readouterr().err
+        and asked[-1] == ("small", "world")
+    )
     assert cli.main(["evaluate", "prepare", "HDTF", str(tmp_path / "ffhq"), str(tmp_path / "x")]) == 3
     assert "github.com/MRzzm/HDTF" in capsys.readouterr().err
     (tmp_path / "hdtf").mkdir()

@@ -727,7 +727,7 @@ def test_a_picture_that_was_changed_is_refused(tmp_path):
         with pytest.raises(InputError, match="the picture that was prepared"):
             clip.image(index)
     assert clip.image(1).shape == clip.image(-1).shape == (3, 32, 32)
-    assert read_clip_folder(clip.folder).sha256 == before  # of what was prepared: the frame itself is checked when it is read
+    assert read_clip_folder(clip.folder).sha256 == before  # of what was prepared; a frame is checked when it is read
     hashes = json.loads((clip.folder / "pictures.json").read_text())
     (clip.folder / "pictures.json").write_text(json.dumps(hashes[::-1]))
     assert read_clip_folder(clip.folder).sha256 != before
@@ -737,7 +737,7 @@ def test_a_picture_that_was_changed_is_refused(tmp_path):
     (clip.folder / "pictures.json").unlink()  # as older folders are: for training, not for a list of test clips
     assert read_clip_folder(clip.folder).image(2).max() < 0.1
     with pytest.raises(InputError, match="prepare it again"):
-        read_clip_folder(clip.folder).sha256
+        _ = read_clip_folder(clip.folder).sha256
 
 
 def test_folders_of_pictures_are_videos(tmp_path):
