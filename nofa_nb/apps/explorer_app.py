@@ -23,7 +23,7 @@ from torch import Tensor
 
 import nofa_nb
 from .explorer import (LAYERS, Face, Loaded, Pace, Painter, Pass, Scene, Worker, expression_sliders, face_of, face_of_seed,
-    film_steps, identity_sliders, load_explorer, passes)
+    face_steps, film_steps, identity_sliders, load_explorer, passes)
 from ..core.config import DEFAULT
 from ..core.errors import InputError, need
 from ..core.io import write_image, write_wave
@@ -86,7 +86,8 @@ class Page:
     scene:Scene = Scene()
     motion:Motion|None = None
     welcomed:bool = False # has it got the gallery?
-    uploads:dict[str, list[bytes]] = field(default_factory=dict)
+    loading:bool = False  # is a face on its way?
+    uploads:dict[str, list[bytes]|None] = field(default_factory=dict) # None: refused, the rest is thrown away
 
     def receive(self,
         upload:str,      # its name
@@ -95,11 +96,13 @@ class Page:
     )->bytes|None:       # all of it, once the last part is here
         "Put an upload together."
         parts = self.uploads.setdefault(upload, [])
+        if last: del self.uploads[upload]
+        if parts is None: return None
         parts.append(part)
         if sum(map(len, parts)) > MOST_BYTES:
-            del self.uploads[upload]
+            if not last: self.uploads[upload] = None
             raise InputError(f"file must be at most {MOST_BYTES >> 20} MB, got more")
-        return b"".join(self.uploads.pop(upload)) if last else None
+        return b"".join(parts) if last else None
 
 # %% ../../nbs/apps/explorer_app.ipynb #72c94dd1
 _ASSETS = Path(nofa_nb.__file__).parent/"assets"
@@ -126,7 +129,7 @@ class Explorer(anywidget.AnyWidget):
         super().__init__(setup=dict(
             groups={part: sliders(group) for part, group in expression_sliders(config.expression_dim).items()},
             identity=sliders(identity_sliders(min(20, config.identity_dim))), layers=LAYERS, notes=list(loaded.notes), trained=loaded.trained,
-            preset=loaded.studio.preset.name, side=loaded.studio.side, gallery=list(GALLERY)))
+            preset=loaded.studio.preset.name, side=loaded.studio.side, gallery=list(GALLERY), most=MOST_BYTES))
         self.on_msg(self._heard)
 
     def close(self)->None:
@@ -149,23 +152,32 @@ class Explorer(anywidget.AnyWidget):
         if not isinstance(content, Mapping) or not isinstance(content.get("view"), str): return
         key, kind = content["view"], content.get("kind")
         try:
-            need(kind in ("hello", "ping", "scene", "seed", "gallery", "upload", "clip", "save", "figure", "plotly"), "message", "of a known kind", repr(kind))
-            if key not in self.pages: self.pages[key] = Page(key)
+            need(kind in ("hello", "ping", "scene", "seed", "gallery", "upload", "clip", "unload", "save", "figure", "plotly"), "message", "of a known kind", repr(kind))
+            if key not in self.pages and not self._remember(key, kind): return
             self.pages.move_to_end(key)
-            while len(self.pages) > MOST_PAGES: self.pages.popitem(last=False)
             given = {k: v for k, v in content.items() if k not in ("view", "kind")}
             getattr(self, f"_on_{kind}")(self.pages[key], [bytes(b) for b in buffers], **given)
         except Exception as error: self._tell(key, kind="error", sentence=self._sentence(error), id=content.get("id"))
+
+    def _remember(self, key:str, kind:str)->bool: # is the message to be answered?
+        "A new page, or one that was forgotten."
+        self.pages[key] = Page(key)
+        while len(self.pages) > MOST_PAGES: self.pages.popitem(last=False)
+        if kind in ("hello", "ping", "plotly"): return True
+        self._tell(key, kind="error", sentence=f"This view was put away, as {MOST_PAGES} others were opened after it: it begins anew, with the first face.")
+        self._load(self.pages[key], self.first)
+        return False
 
     # --- a face and its pictures
     def _show(self, page:Page, face:Face)->None:
         page.face, page.scene = face, Scene()
         self._tell(page.key, kind="face", **face.about())
 
-    def _load(self, page:Page, make:Callable[[], Face])->None:
-        "Queue the making of a face."
+    def _load(self, page:Page, make:Callable[[], Face|Iterator])->None:
+        "Queue the making of a face, in one step or in several."
         def steps():
-            self._show(page, make())
+            face = make()
+            self._show(page, face if isinstance(face, Face) else (yield from face))
             yield
         self.worker.do(page.key, steps())
 
@@ -196,7 +208,7 @@ class Explorer(anywidget.AnyWidget):
         self._load(page, lambda: face_of_seed(self.studio.model, seed))
 
     def _on_gallery(self, page:Page, buffers:list, name:str)->None:
-        self._load(page, lambda: replace(face_of(self.studio.portrait(gallery_photo(name))), name=name))
+        self._load(page, lambda: face_steps(self.studio, gallery_photo(name), name))
 
     def _place(self, name:str)->Path:
         "A file of the temporary folder; only the last part of a name counts."
@@ -212,10 +224,12 @@ class Explorer(anywidget.AnyWidget):
             try:
                 path.write_bytes(data)
                 if what == "motion": self._moved(page, Motion.load(path), path.name)
-                else: self._show(page, face_of(self.studio.portrait(path)))
+                else: self._show(page, (yield from face_steps(self.studio, path)))
             finally: path.unlink(missing_ok=True)
             yield
         self.worker.do(page.key, steps())
+
+    def _on_unload(self, page:Page, buffers:list)->None: page.motion = None
 
     def _on_clip(self, page:Page, buffers:list, seed:int)->None:
         need(type(seed) is int and seed >= 0, "seed", "a whole number from 0", repr(seed))
@@ -244,7 +258,9 @@ class Explorer(anywidget.AnyWidget):
             if what == "picture":
                 finest = 2 if self.studio.model.generator.superresolution is None else 1
                 write_image(path, self.painter.draw(face, scene, motion, finest * self.painter.rays).pixels)
-            elif what == "avatar": self.painter.asked(face, replace(scene, canonical=True, frame=None)).avatar.save(path, self.studio.model)
+            elif what == "avatar":
+                a = self.painter.asked(face, replace(scene, canonical=True, frame=None))
+                replace(a.avatar, alpha=a.alpha).save(path, self.studio.model) # as the sliders have it
             else: yield from film_steps(self.painter, face, scene, path, motion, step=lambda k, n: self._tell(page.key, kind="progress", done=k, of=n))
             try: self._tell(page.key, [path.read_bytes()], kind="file", name=path.name)
             finally: path.unlink(missing_ok=True)
@@ -253,12 +269,13 @@ class Explorer(anywidget.AnyWidget):
 
     # --- figures
     def _on_figure(self, page:Page, buffers:list, name:str, **options)->None:
-        from nofa_nb.apps.explorer_views import VIEWS
+        from nofa_nb.apps.explorer_views import VIEWS, View
         need(name in VIEWS, "figure", f"one of {', '.join(VIEWS)}", repr(name))
         need(page.face is not None, "figure", "asked for once there is a face", name)
         face, scene, motion = page.face, page.scene, page.motion
         def steps():
             made = VIEWS[name](self.painter, face, scene, motion, **options)
+            if not isinstance(made, View): made = yield from made
             self._tell(page.key, [made.figure.to_json().encode()], kind="figure", name=name, caption=made.caption)
             yield
         self.worker.do(page.key, steps())

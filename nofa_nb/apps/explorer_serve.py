@@ -173,10 +173,12 @@ def browser()->Iterator[object]: # playwright's
         finally: started.close()
 
 class Console(list):
-    "What a page complains of: errors on its console, requests that fail, and addresses that are not this machine's."
+    "What a page complains of: errors on its console, requests that fail or are refused, and addresses that are not this machine's."
     def __init__(self, page:object):
         page.on("console", lambda m: self.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda e: self.append(str(e)))
+        page.on("requestfailed", lambda r: self.append(f"failed {r.url}: {r.failure}") if "ERR_ABORTED" not in str(r.failure) else None) # those are ours: a page was closed
+        page.on("response", lambda r: self.append(f"refused {r.url}: {r.status}") if r.status >= 400 else None)
         page.on("request", lambda r: self.append(f"asked {r.url}") if r.url.startswith("http") and "//127.0.0.1:" not in r.url else None)
 
 def opened(
@@ -196,14 +198,14 @@ class Measured:
     "What dragging a slider feels like."
     pictures:int      # painted while dragging, full ones
     drafts:int        # coarse ones, on top
-    seconds:float     # of dragging
+    seconds:float     # from the first full one to the last
     waits:tuple[float, ...] # seconds from event to painted frame
     side:int          # pixels of a full one
     drawing:float     # seconds of the renderer for a full one, median
     others:float      # cores that other programs used while nothing was measured
 
     @property
-    def speed(self)->float: return self.pictures / self.seconds # full pictures a second
+    def speed(self)->float: return (self.pictures - 1) / self.seconds if self.pictures > 1 else 0. # full pictures a second: n of them have n - 1 steps
 
     def __str__(self)->str:
         slow = sorted(self.waits)[int(.95 * len(self.waits))]
@@ -247,6 +249,6 @@ def measure_speed(
     moving = [p for p in paints if p["quality"] != "still"]
     full = [p for p in moving if p["quality"] == "full"]
     need(len(moving) > 1, "measurement", "of two pictures at least", len(moving))
-    told = full or moving # a busy machine may have drawn coarse ones alone
-    return Measured(len(full), len(moving) - len(full), (moving[-1]["at"] - moving[0]["at"]) / 1e3, tuple(p["waited"] / 1e3 for p in moving), told[0]["width"],
+    told = full if len(full) > 1 else moving # a busy machine may have drawn coarse ones alone
+    return Measured(len(full), len(moving) - len(full), (told[-1]["at"] - told[0]["at"]) / 1e3, tuple(p["waited"] / 1e3 for p in moving), told[0]["width"],
                     statistics.median(p["seconds"] for p in told), others)

@@ -1,6 +1,8 @@
 // The explorer's page: plain controls, a canvas, and messages to the kernel (nofa_nb.apps.explorer_app). Fetches nothing.
 const PART = 4 * 2 ** 20, PATIENCE = 3000 // bytes of an upload's part; milliseconds without an answer before the kernel is asked whether it lives
-const GONE = "The kernel does not answer: it was restarted or has stopped. In a notebook run the cell again; in the app reload this page."
+const RELOAD = "In a notebook run the cell again; in the app reload this page."
+const SILENT = `No answer from the kernel: it is busy with another cell, was restarted, or has stopped. If it stays silent: ${RELOAD.toLowerCase()}`
+const GONE = `The kernel does not answer: it was restarted or has stopped. ${RELOAD}`
 const NAMES = { image: "picture", depth: "depth", normals: "normals", weights: "W-Net weights", offsets: "offsets" }
 const RAMPS = { depth: ["#fde725", "#5ec962", "#21918c", "#3b528b", "#440154"], other: ["#000004", "#51127c", "#b73779", "#fc8961", "#fcfdbf"] }
 
@@ -41,7 +43,7 @@ function choices(title, options, changed) {
     box.append(make("label", {}, inputs[value], text))
   }
   Object.values(inputs)[0].checked = true
-  const enable = (on, why = "") => { for (const i of Object.values(inputs)) { i.disabled = !on; i.parentNode.title = on ? "" : why } }
+  const enable = (on, why = "", of = Object.keys(inputs)) => { for (const v of of) { inputs[v].disabled = !on; inputs[v].parentNode.title = on ? "" : why } }
   return { node: make("fieldset", {}, make("legend", {}, title), box), get: () => Object.keys(inputs).find((v) => inputs[v].checked),
            set: (v) => { inputs[v].checked = true }, inputs, enable }
 }
@@ -76,6 +78,7 @@ function render({ model, el }) {
   const changed = (event) => {
     since ??= event?.timeStamp ?? performance.now()
     dirty = true
+    if (gone && alert.hidden) complain(lost ? GONE : SILENT) // said again, as it was closed and is still so
     pump()
   }
   function scene() {
@@ -120,7 +123,7 @@ function render({ model, el }) {
     timer = setTimeout(() => {
       timer = null
       if (heard >= at) return
-      if (pinged) { gone = true; complain(GONE) } else { say("ping"); watch(true) }
+      if (pinged) { gone = true; complain(SILENT) } else { say("ping"); watch(true) }
     }, PATIENCE)
   }
 
@@ -129,7 +132,7 @@ function render({ model, el }) {
   const working = make("span", { class: "working", role: "status", hidden: true })
   const ramp = make("i"), lowest = make("span"), meaning = make("span"), highest = make("span")
   const legend = make("div", { class: "legend", hidden: true }, ramp, make("div", {}, lowest, meaning, highest))
-  const picture = make("div", { class: "picture", tabindex: 0, role: "img", "aria-label": "the face" }, canvas, legend, working)
+  const picture = make("div", { class: "picture", tabindex: 0, role: "application", "aria-roledescription": "picture to turn", "aria-label": "the face" }, canvas, legend, working)
   const painter = canvas.getContext("2d"), store = make("canvas")
   let waiting = null
   function paint() {
@@ -192,9 +195,14 @@ function render({ model, el }) {
 
   // --- what is shown
   const layer = choices("Show", Object.fromEntries(Object.keys(setup.layers).map((k) => [k, NAMES[k]])), (e) => changed(e))
-  const space = choices("Space", { deformed: "deformed", canonical: "canonical" }, (e) => changed(e))
+  const space = choices("Space", { deformed: "deformed", canonical: "canonical" }, (e) => { allow(); changed(e) })
   const detail = choices("Volume", { fine: "fine", coarse: "coarse" }, (e) => changed(e))
-  const driver = choices("Expression by", { deformation: "deformation", code: "prior's code" }, (e) => changed(e))
+  const driver = choices("Expression by", { deformation: "deformation", code: "prior's code" }, (e) => { allow(); changed(e) })
+  function allow() { // offsets only where something is deformed
+    const why = space.get() === "canonical" ? "the canonical face is not deformed" : face?.code && driver.get() === "code" ? "the prior draws this expression: nothing is deformed" : ""
+    layer.enable(!why, why, ["offsets"])
+    if (why && layer.get() === "offsets") layer.set("image")
+  }
 
   // --- expression and identity
   const units = [], groups = []
@@ -213,11 +221,13 @@ function render({ model, el }) {
   const find = make("input", { type: "search", placeholder: "search, such as smile", "aria-label": "search expression units", oninput: search })
   function search() {
     const words = find.value.toLowerCase().split(/\s+/).filter(Boolean)
-    for (const { box, rows } of groups) {
+    for (const group of groups) {
+      const { box, rows } = group
       let any = false
       for (const r of rows) { r.row.hidden = !words.every((w) => r.name.toLowerCase().includes(w)); any ||= !r.row.hidden }
       box.hidden = !any
-      if (words.length && any) box.open = true
+      if (words.length) { group.was ??= box.open; box.open = any }
+      else if (group.was != null) { box.open = group.was; group.was = null } // as it was before the search
     }
   }
   const neutral = (event) => { stop(); for (const s of units) s.reset(); changed(event) }
@@ -230,6 +240,8 @@ function render({ model, el }) {
   const sameFace = (event) => { for (const s of identity) s.reset(); changed(event) }
   const anyFace = (event) => { for (const s of identity) s.set(2 * (Math.random() + Math.random() + Math.random() - 1.5)); changed(event) }
 
+  const onlyMoves = make("p", { class: "hint", hidden: true }, "Of a photo, or an avatar file, identity reaches only the deformation: it changes how this face moves, and nothing in canonical space.")
+
   // --- whose face
   const seed = make("input", { type: "number", min: 0, max: 2147483647, step: 1, value: 7, "aria-label": "seed of a face", onkeydown: (e) => { if (e.key === "Enter") bySeed() } })
   const bySeed = () => { busy("drawing the face …"); say("seed", { seed: Number(seed.value) }); watch() }
@@ -239,6 +251,7 @@ function render({ model, el }) {
     input.value = ""
     if (!file) return
     if (file.size === 0) return complain(`${file.name} is empty`)
+    if (file.size > setup.most) return complain(`${file.name} must be at most ${Math.floor(setup.most / 2 ** 20)} MB, got ${Math.ceil(file.size / 2 ** 20)} MB`)
     busy(`reading ${file.name} …`)
     const bytes = await file.arrayBuffer()
     for (let at = 0; at < bytes.byteLength; at += PART) {
@@ -256,7 +269,14 @@ function render({ model, el }) {
   // --- a motion
   const head = make("input", { type: "checkbox", checked: true, id: fresh("head"), onchange: (e) => changed(e) })
   const play = make("button", { type: "button", disabled: true, onclick: () => (playing ? stop() : start()) }, "Play")
-  const motionName = make("span", { class: "who" }, "no motion loaded")
+  const NONE = "no motion loaded: a film walks around the face", motionName = make("span", { class: "who" }, NONE)
+  const unload = make("button", { type: "button", hidden: true, onclick: () => { stop(); forget(); say("unload") } }, "Unload")
+  function forget() {
+    motion?.address && URL.revokeObjectURL(motion.address)
+    motion = null
+    motionName.textContent = NONE
+    play.disabled = unload.hidden = true
+  }
   const clip = make("input", { type: "number", min: 0, step: 1, value: 1, "aria-label": "seed of a clip of the world" })
   function start() {
     if (!motion) return
@@ -281,17 +301,24 @@ function render({ model, el }) {
   }
 
   // --- figures
-  const plot = make("div", { class: "plot", hidden: true, role: "img" }), caption = make("p", { class: "caption" })
+  const plot = make("div", { class: "plot", hidden: true, role: "figure" }), caption = make("p", { class: "caption" })
   const figures = { volume: "Volume and a ray", planes: "Tri-planes", weights: "W-Net's weights", walk: "Latent walk" }
+  const DRAWING = "drawing …"
   let plotly = null, asked = null
   const figure = (name) => {
     for (const [key, b] of Object.entries(figureButtons)) b.setAttribute("aria-pressed", key === name)
-    caption.textContent = "drawing …"
+    caption.textContent = DRAWING
     asked = name
     if (!plotly) { plotly = new Promise((resolve) => { plotlyArrived = resolve }); say("plotly") }
     say("figure", { name })
     watch()
   }
+  function noFigure() { // what was asked for will not come
+    if (caption.textContent !== DRAWING) return
+    caption.textContent = ""
+    for (const [key, b] of Object.entries(figureButtons)) b.setAttribute("aria-pressed", !plot.hidden && key === plot.dataset.name)
+  }
+  measured.figure = figure
   let plotlyArrived = () => {}
   const figureButtons = Object.fromEntries(Object.entries(figures).map(([name, text]) =>
     [name, make("button", { type: "button", "aria-pressed": "false", onclick: () => figure(name) }, text)]))
@@ -302,10 +329,18 @@ function render({ model, el }) {
     plot.hidden = false
     plot.setAttribute("aria-label", `${figures[said.name]}: ${said.caption}`)
     Plotly.purge(plot)
-    await Plotly.newPlot(plot, spec.data, { ...spec.layout, autosize: true }, { responsive: true, displaylogo: false })
+    const { ratio, around } = spec.layout.meta ?? {} // pictures fill the width: the height follows
+    const height = ratio ? Math.round((plot.clientWidth - 12) / ratio) + around : spec.layout.height
+    await Plotly.newPlot(plot, spec.data, { ...spec.layout, autosize: true, height }, { responsive: true, displaylogo: false })
+    nameTools()
+    plot.on("plotly_afterplot", nameTools)
     if (spec.frames?.length) await Plotly.addFrames(plot, spec.frames)
     caption.textContent = said.caption
     plot.dataset.name = said.name
+  }
+
+  function nameTools() { // plotly's buttons are links without words
+    for (const a of plot.querySelectorAll("a.modebar-btn")) { a.setAttribute("role", "button"); a.setAttribute("aria-label", a.dataset.title ?? "plot tool") }
   }
 
   // --- what the page says
@@ -313,7 +348,13 @@ function render({ model, el }) {
   const notes = make("p", { class: "note", hidden: true }), sentence = make("span")
   const alert = make("div", { class: "alert", role: "alert", hidden: true }, sentence,
     make("button", { type: "button", "aria-label": "close the message", onclick: () => { alert.hidden = true } }, "×"))
-  function complain(text) { sentence.textContent = text; alert.hidden = false; busy("") ; measured.errors.push(text) }
+  function complain(text) {
+    sentence.textContent = text
+    alert.hidden = false
+    busy("")
+    measured.errors.push(text)
+    alert.scrollIntoView({ block: "nearest" }) // nothing happens where it can be seen
+  }
   function busy(text) { working.textContent = text; working.hidden = !text; if (text) alert.hidden = true }
   const button = (text, action, attributes = {}) => make("button", { type: "button", onclick: action, ...attributes }, text)
   const save = (what, text) => button(text, () => { busy(`${what} …`); say("save", { what }); watch() })
@@ -329,6 +370,8 @@ function render({ model, el }) {
     notes.hidden = !all.length
     driver.node.hidden = !said.code
     driver.set(said.code && !setup.trained ? "code" : "deformation")
+    onlyMoves.hidden = said.code
+    allow()
     detail.enable(said.detail, "a face of the prior has no photo whose details could be added")
     if (!said.detail) detail.set("fine")
     picture.setAttribute("aria-label", `face of ${said.name}; arrow keys turn it, plus and minus zoom, 0 looks from the front`)
@@ -350,36 +393,37 @@ function render({ model, el }) {
       waiting = { said, bytes }
       settle(said.id)
     } else if (said.kind === "face") showFace(said)
-    else if (said.kind === "error") { complain(said.sentence); settle(said.id ?? id) }
+    else if (said.kind === "error") { complain(said.sentence); noFigure(); settle(said.id ?? id) }
     else if (said.kind === "thumbnail") thumbs[said.name].replaceChildren(make("img", { src: said.address, alt: "" }))
     else if (said.kind === "motion") {
       stop()
-      motion?.address && URL.revokeObjectURL(motion.address)
+      forget()
       const address = bytes && URL.createObjectURL(new Blob([bytes], { type: "audio/wav" }))
       motion = { frames: said.frames, fps: said.fps, address, sound: address && new Audio(address) }
       motionName.textContent = `${said.name}, ${(said.frames / said.fps).toFixed(1)} s`
-      play.disabled = false
+      play.disabled = unload.hidden = false
       busy("")
       start()
     } else if (said.kind === "progress") busy(`film: ${said.done} of ${said.of} pictures`)
     else if (said.kind === "file") { busy(""); download(bytes, said.name); measured.file = { name: said.name, size: bytes.byteLength } }
     else if (said.kind === "plotly") plotlyArrived(library(bytes))
-    else if (said.kind === "figure") drawFigure(said, bytes).catch((e) => complain(`the figure cannot be drawn: ${e.message}`))
+    else if (said.kind === "figure") drawFigure(said, bytes).catch((e) => { complain(`the figure cannot be drawn: ${e.message}`); noFigure() })
   }
   model.on("msg:custom", answer)
 
   // --- put together
   const card = (title, tools, ...rest) => make("div", { class: "card" }, make("div", { class: "head" }, make("h3", {}, title), ...tools), ...rest)
   root.append(
-    make("header", {}, make("h2", {}, "NOFA++ explorer"), who, speed), notes, alert,
+    make("header", {}, make("h2", {}, "NOFA++ explorer"), who, speed), notes,
     make("div", { class: "columns" },
       make("div", {},
-        make("div", { class: "card stage" }, picture,
+        make("div", { class: "card stage" }, make("div", { class: "over" }, alert), picture,
           make("div", { class: "row" }, yaw.row, pitch.row, zoom.row, button("Reset view", lookAhead)),
           make("div", { class: "row" }, layer.node, space.node, detail.node, driver.node),
           make("div", { class: "row" }, chooser("Open motion …", "motion", ".safetensors"), button("Clip of the world", () => { busy("making the clip …"); say("clip", { seed: Number(clip.value) }); watch() }),
-            clip, play, make("span", {}, head, make("label", { for: head.id }, " with its head")), motionName),
-          make("div", { class: "row" }, save("picture", "Save picture"), save("film", "Save film"), save("avatar", "Save avatar"))),
+            clip, play, unload, make("span", {}, head, make("label", { for: head.id }, " with its head")), motionName),
+          make("div", { class: "row" }, save("picture", "Save picture"), save("film", "Save film"), save("avatar", "Save avatar")),
+          make("p", { class: "hint" }, "Picture: drag or arrow keys turn it, wheel or + and - zoom, 0 looks from the front. Keys: / searches, r random expression, n neutral, p plays or stops the motion. A double click on a slider resets it.")),
         make("div", { class: "card" }, make("div", { class: "head", style: "margin-bottom:0" }, make("h3", {}, "Look inside"), ...Object.values(figureButtons)), caption, plot)),
       make("aside", {},
         card("Face", [], make("div", { class: "row", style: "margin-top:0" }, seed, button("Show seed", bySeed), button("Another", another)),
@@ -387,7 +431,7 @@ function render({ model, el }) {
           make("div", { class: "thumbs", role: "group", "aria-label": "gallery of photos" }, ...Object.values(thumbs))),
         card("Expression", [button("Random", anyExpression), button("Reset", neutral)], make("div", { class: "row", style: "margin-top:0" }, find), list),
         card("Identity", [button("Random", anyFace, { "aria-label": "random identity" }), button("Reset", sameFace, { "aria-label": "reset identity" })],
-          make("div", { class: "scroll", style: "max-height:230px;margin-top:0" }, ...identity.map((s) => s.row))))))
+          onlyMoves, make("div", { class: "scroll", style: "max-height:230px" }, ...identity.map((s) => s.row))))))
   root.addEventListener("keydown", (e) => {
     if (e.ctrlKey || e.metaKey || e.altKey || ["search", "number", "file"].includes(e.target.type)) return
     const keys = { "/": () => find.focus(), r: anyExpression, n: neutral, p: () => play.click() }
