@@ -510,11 +510,10 @@ def test_every_control_has_a_name(tab):
     assert tab.root.locator('[role="img"][tabindex], [role="img"] a').count() == 0
     cut = """r => [...r.querySelectorAll('.slider label')].filter(l => l.scrollWidth > l.clientWidth)
                   .map(l => l.textContent)"""
-    for box in tab.root.locator("details:not([open])").all():
-        box.locator("summary").click()
+    js = "(r, all) => r.querySelectorAll('details').forEach((d, k) => { d.open = all || k === 0 })"
+    tab.root.evaluate(js, True)
     assert tab.root.evaluate(cut) == []
-    for box in tab.root.locator("details[open]").all()[1:]:
-        box.locator("summary").click()
+    tab.root.evaluate(js, False)
     assert tab.root.evaluate("r => r.querySelectorAll('input[type=range]').length") == 52 + 20 + 3
 
 
@@ -687,7 +686,7 @@ def test_the_page_with_trained_weights(chromium):
     with serve(preset="small") as at:
         tab = Opened(chromium, at)
         assert tab.root.locator(".note").is_hidden()  # nothing is random here
-        time.sleep(2)  # the gallery's pictures
+        tab.root.locator(".thumbs img").nth(3).wait_for()
         for width, height in ((1280, 900), (1920, 1080)):
             tab.page.set_viewport_size({"width": width, "height": height})
             tab.page.evaluate("scrollTo(0, 0)")
@@ -706,6 +705,11 @@ def test_the_page_with_trained_weights(chromium):
             for width, height in ((1280, 900), (1920, 1080)):
                 tab.page.set_viewport_size({"width": width, "height": height})
                 tab.root.locator(".plot").scroll_into_view_if_needed()
+                fits = "p => p.querySelector('.main-svg').getBoundingClientRect().width === p.clientWidth"
+                end = time.monotonic() + SECONDS
+                while not tab.root.locator(".plot").evaluate(fits):  # it follows the window
+                    assert time.monotonic() < end
+                    time.sleep(0.05)
                 tab.shot(f"trained-{name}-{width}")
         assert list(tab.console) == []
         tab.context.close()

@@ -203,7 +203,7 @@ def weights_view(
     for k, w in enumerate(weights): figure.add_trace(go.Heatmap(z=w.round(4), zmin=0, zmax=most, colorscale="Magma", showscale=k == 3, colorbar=bar, hovertemplate="%{z:.3f}<extra></extra>"), 1, k + 1)
     figure.update_yaxes(scaleanchor="x", constrain="domain", constraintoward="top", visible=False, autorange="reversed").update_xaxes(constrain="domain", visible=False)
     for k in range(2, 5): figure.update_yaxes(scaleanchor=f"x{k}", col=k)
-    return View(_laid_out(figure, 4 / (1 - 3 * GAP), below=48), f"W-Net's weights w(x, alpha) on four planes across the z axis, front to back, as seen from the front; {weights.min():.2g} to {weights.max():.2g}, on a scale of 0 to {most:g}. They do not depend on the expression.")
+    return View(_laid_out(figure, 4 / (1 - 3 * GAP), below=48), f"W-Net's weights w(x, alpha) on four planes across the z axis, front to back, as seen from the front; up to {weights.max():.2g}, on a scale of 0 to {most:g}. They do not depend on the expression.")
 
 WALK = 6 # pictures
 

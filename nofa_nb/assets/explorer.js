@@ -319,7 +319,9 @@ function render({ model, el }) {
     for (const [key, b] of Object.entries(figureButtons)) b.setAttribute("aria-pressed", !plot.hidden && key === plot.dataset.name)
   }
   measured.figure = figure
-  let plotlyArrived = () => {}
+  let plotlyArrived = () => {}, resize = () => {}
+  const widths = new ResizeObserver(() => requestAnimationFrame(() => resize()))
+  widths.observe(plot)
   const figureButtons = Object.fromEntries(Object.entries(figures).map(([name, text]) =>
     [name, make("button", { type: "button", "aria-pressed": "false", onclick: () => figure(name) }, text)]))
   async function drawFigure(said, bytes) {
@@ -328,10 +330,12 @@ function render({ model, el }) {
     const spec = JSON.parse(new TextDecoder().decode(bytes))
     plot.hidden = false
     plot.setAttribute("aria-label", `${figures[said.name]}: ${said.caption}`)
+    resize = () => {}
     Plotly.purge(plot)
     const { ratio, around } = spec.layout.meta ?? {} // pictures fill the width: the height follows
-    const height = ratio ? Math.round((plot.clientWidth - 12) / ratio) + around : spec.layout.height
-    await Plotly.newPlot(plot, spec.data, { ...spec.layout, autosize: true, height }, { responsive: true, displaylogo: false })
+    const size = () => ({ width: plot.clientWidth, height: ratio ? Math.round((plot.clientWidth - 12) / ratio) + around : spec.layout.height })
+    await Plotly.newPlot(plot, spec.data, { ...spec.layout, ...size() }, { displaylogo: false })
+    resize = () => { if (plot.clientWidth && plot.clientWidth !== plot.layout.width) Plotly.relayout(plot, size()) }
     nameTools()
     plot.on("plotly_afterplot", nameTools)
     if (spec.frames?.length) await Plotly.addFrames(plot, spec.frames)
@@ -446,6 +450,7 @@ function render({ model, el }) {
     clearTimeout(timer)
     clearTimeout(insisting)
     model.off("msg:custom", answer)
+    widths.disconnect()
     if (plotly) plotly.then((Plotly) => Plotly.purge(plot))
   }
 }
