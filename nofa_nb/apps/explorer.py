@@ -343,6 +343,7 @@ class Painter:
 # %% ../../nbs/apps/explorer.ipynb #2ec69f1c
 AGAIN = 8 # requests on a slow machine, from one trial of a full picture without a draft to the next
 SLOW, BREATH, CALM = .06, .1, .25 # seconds of a full picture, from which on a coarse one comes first; of rest before a full one then; of rest before the finest
+AGED = .25 # seconds that a job waits at most while pictures are asked for
 
 class Pass(NamedTuple):
     "One answer to a scene."
@@ -394,8 +395,6 @@ def passes(
         drawn("still", 2 * painter.rays)
 
 # %% ../../nbs/apps/explorer.ipynb #f0926716
-AGED = .25 # seconds that a job waits at most while pictures are asked for
-
 class Worker:
     "A thread that answers the newest request of each page, and does jobs in between."
     def __init__(self,
