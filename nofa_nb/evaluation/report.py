@@ -95,7 +95,7 @@ def _note(m:Measured, c:Column)->str:
     units = sorted({r.n for r in m.column(c)})
     counts = f"n {units[0]}" if len(units) == 1 else f"n {units[0]} to {units[-1]}"
     apart = "" if papers_own(*way, c.name) else f"; another extractor than the paper's {c.name}, not comparable with the printed number"
-    learnt = "; also a term of the losses that the methods were trained with" if c.name == "LPIPS" and not papers_own(*way, c.name) else ""
+    learnt = "; also a term of the losses that the methods were trained with" if "VGG-HED" in way[1] else ""
     return f"{name}: {way[1]}; {counts}{_floor(m, c)}{learnt}{apart}"
 
 _OWN = ("nofa", "facevid2vid") # runs of this repository's own versions of others' methods
