@@ -111,8 +111,8 @@ def pytest(options):
     report = ROOT / "out/test/pytest.xml"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    command = [PYTHON, "-m", "pytest", "-q", "-n", str(options.jobs), "--dist", "worksteal", f"--junitxml={report}",
-               "tests"]
+    command = [PYTHON, "-m", "pytest", "-q", "-n", str(options.jobs), "--dist", "worksteal", "--durations=15",
+               f"--junitxml={report}", "tests"]
     status = subprocess.run(command, cwd=ROOT, env=ENV).returncode
     if not report.exists():
         return 0, 1, [f"pytest stopped with status {status} before its report"]
