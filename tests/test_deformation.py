@@ -308,6 +308,8 @@ FIELD = field_of().float()
     (lambda: bake(FIELD, ALPHA, BETA, 1), "size must be at least 2 nodes"),
     (lambda: bake(FIELD, ALPHA, BETA[:1]), r"alpha must be \(1, 100\)"),
     (lambda: FIELD.weight(X, ALPHA[0]), r"alpha must be \(2, 100\)"),
+    (lambda: DeformationField(use_weights="false"), "use_weights must be True or False, got 'false'"),
+    (lambda: DeformationField(use_identity=0), "use_identity must be True or False, got 0"),
 ])
 def test_faults_name_the_argument(call, said):
     with pytest.raises(InputError, match=said):

@@ -601,6 +601,19 @@ def test_what_is_committed_is_discussed_and_belongs_together():
             assert "not discussed yet" not in found.markdown(), (preset, number)
 
 
+@pytest.mark.parametrize("preset", ["small", "base"])
+def test_weights_are_of_the_ablation_whose_name_they_bear(preset):
+    "Of those in the repository: what is left out is left out, and nothing is the full model under another name."
+    index = {run: ROOT / "nofa_nb/weights" / preset / part / "weights.json" for run, part in PARTS.items()}
+    found = {run: read_json(path) for run, path in index.items() if path.exists()}
+    assert "ours" in found
+    for run in found.keys() - {"nofa", "facevid2vid"}:
+        switches = found[run]["options"]["deformation"]
+        assert switches == {"use_weights": run != "no-weights", "use_identity": run != "no-identity"}, run
+    for run in found.keys() & {"no-weights", "no-identity", "hybrid"}:
+        assert found[run]["tensors_hash"] != found["ours"]["tensors_hash"], run
+
+
 def test_ablations_and_baselines_start_from_the_campaign(tmp_path):
     "Every command finds prior, F and checkpoints where `nofa train` writes them."
     root, weights, plan = tmp_path / "train", tmp_path / "weights", campaign.read_plan("smoke")

@@ -73,6 +73,8 @@ class DeformationField(nn.Module):
         box_warp:float=1.,      # side of the box of the planes, world units
     ):
         super().__init__()
+        for name, value in dict(use_weights=use_weights, use_identity=use_identity).items(): # "false", from a command line, would be true
+            need(isinstance(value, bool), name, "True or False", repr(value))
         self.config, self.use_weights, self.use_identity, self.box_warp = config, use_weights, use_identity, box_warp
         c, encoded = config, encoded_size(3, config.octaves)
         points, identity, expression = (encoded, encoded / 2), (c.identity_dim, 1.), (c.expression_dim, 1.)
