@@ -41,7 +41,7 @@ class Subject(NamedTuple):
     missing:str = ""            # why it is not run at all
     given:str = "Alpha, beta and cameras" # what the methods are told of the world's people
 
-_APART = ", ".join(r.label for r in TABLES[1].rows if not r.run) # methods of Table 1 that are not built here
+_APART = ", ".join(r.label for r in TABLES[1].rows if not r.required) # methods of Table 1 that are not built here
 
 FIGURES = MappingProxyType({
     4: Subject("Video-driven avatars", "sources driven by videos, beside 2D and 3D methods; it finds high fidelity and accurate motion.",
