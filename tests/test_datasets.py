@@ -322,6 +322,20 @@ def test_sets_together_have_one_manifest(tmp_path):
     assert dataset_trials(places, "self", 16, frames=3).manifest_hash != manifest
 
 
+def test_photos_are_driven_by_clips(tmp_path):
+    places = [ready(n, tmp_path)[0] for n in ("HDTF", "FFHQ")]
+    trials, manifest, skipped = dataset_trials(places, "cross", 16, 2)
+    assert sorted(t.unit for t in trials) == ["00000", "00001", "01000"] and not skipped
+    assert not any(t.same for t in trials) and manifest != dataset_trials(places, "self", 16, 2).manifest_hash
+    for t in trials:
+        (frames,) = t.drive()
+        assert len(t.source()) == 1 and frames.index == (1, 3) and frames.mask is None
+        # M of this file says how bright a picture is: the labels are those of these very frames
+        torch.testing.assert_close(frames.beta[:, 0], frames.image.mean((1, 2, 3)), atol=0.05, rtol=0)
+    with pytest.raises(InputError, match="a set of photos for cross-reenactment"):
+        dataset_trials(places[0], "cross", 16)
+
+
 @pytest.mark.parametrize("what", ["picture", "labels", "hashes"])
 def test_what_was_changed_since_is_refused(tmp_path, what):
     place, _ = ready("HDTF", tmp_path)

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from nofa_nb.core.errors import InputError, MissingResource
-from nofa_nb.core.io import read_image, write_image, write_json
+from nofa_nb.core.io import read_image, write_image
 from nofa_nb.core.repro import generator, hash_tensors, read_results
 from nofa_nb.evaluation import avatar as A
-from nofa_nb.evaluation import datasets as D
 from nofa_nb.evaluation import protocols as P
 from nofa_nb.evaluation.metrics import csim
 from nofa_nb.experts.face3d import FACES, FaceParameters, FaceRegressor
@@ -280,88 +279,6 @@ def test_results_carry_what_they_are(tmp_path):
     assert ("X, held", "csim_colour") not in found and ("X, strangers", "csim_centred_colour") in found
     assert ("X, fine", "frechet_DCT-104") in found and not any(m.startswith("fid") for _, m in found)
     assert all(r.seed == 3 and r.n == 4 and r.weights_hash == "b" * 64 for r in found.values())
-
-
-# --- real data --------------------------------------------------------------------------------------------------------
-def prepared(folder, k, n=5, size=32, lost=(0,)):
-    f = frames_of(k, range(n), size)
-    for i, image in enumerate(f.image):
-        write_image(folder / "frames" / f"{i:06d}.jpg", image / 2 + .5)
-    found = torch.tensor([i not in lost for i in range(n)])
-    D.save_tensors(folder / "labels.safetensors", dict(
-        alpha=f.alpha.contiguous(), beta=f.beta, camera=f.camera, points=(f.points * size).contiguous(), found=found,
-        boxes=torch.zeros(n, 3, 4), transform=torch.zeros(n, 2, 3), time=torch.arange(n) / 25.))
-    write_json(folder / "clip.json", dict(format=D.FORMAT, source="x", size=size, fps=25., framing="eg3d", frames=n,
-                                          missing=len(lost)))
-
-
-@pytest.fixture
-def hdtf(tmp_path):
-    for k, name in enumerate(("RD_A_0", "RD_A_1", "WRA_B_0", "WRA_C_0")):
-        prepared(tmp_path / "HDTF" / name, k)
-    prepared(tmp_path / "HDTF" / "WRA_D_0", 9, lost=(0, 1, 2, 4))  # one frame with a face is no clip
-    return tmp_path / "HDTF"
-
-
-def test_lists_of_real_clips(hdtf, tmp_path):
-    listed = D.draw_list(hdtf, "HDTF", 3)
-    assert {D.person_of("HDTF", e.name) for e in listed.entries} == {"RD_A", "WRA_B", "WRA_C"}
-    assert all(e.frame == 1 for e in listed.entries) and D.draw_list(hdtf, "HDTF", 3) == listed
-    assert any(D.draw_list(hdtf, "HDTF", 3, seed) != replace(listed, seed=seed) for seed in range(1, 6))
-    D.write_list(tmp_path / "list.json", listed)
-    assert D.read_list(tmp_path / "list.json").sha256 == listed.sha256
-    record = json.loads((tmp_path / "list.json").read_text())
-    record["entries"][0]["frame"] = 2
-    write_json(tmp_path / "list.json", record)
-    with pytest.raises(InputError, match="changed"):
-        D.read_list(tmp_path / "list.json")
-    with pytest.raises(InputError, match="at most 3"):
-        D.draw_list(hdtf, "HDTF", 4)
-    with pytest.raises(MissingResource, match="VFHQ"):
-        D.draw_list(tmp_path / "nowhere", "VFHQ", 1)
-
-
-def test_trials_of_real_clips(hdtf):
-    listed = D.draw_list(hdtf, "HDTF", 3)
-    trials = D.folder_trials(hdtf, listed, 16)
-    source, frames = trials[0].source(), list(trials[0].drive())
-    assert source.index == (1,) and [f.index for f in frames] == [(2, 3, 4)] and frames[0].mask is None
-    truth = frames_of(["RD_A_0", "RD_A_1", "WRA_B_0", "WRA_C_0"].index(listed.entries[0].name), range(5))
-    assert torch.equal(frames[0].beta, truth.beta[2:]) and frames[0].image.shape[-1] == 16
-    torch.testing.assert_close(frames[0].points, truth.points[2:])
-    assert [f.index for f in D.folder_trials(hdtf, listed, 16, 2, at_once=1)[0].drive()] == [(3,)]
-    prepared(hdtf / listed.entries[0].folder, 7)
-    with pytest.raises(InputError, match="those of the list"):
-        trials[0].source()
-
-
-def test_photos_as_sources(hdtf, tmp_path):
-    from nofa_nb.experts.landmarks import Detection
-    for k, level in enumerate((.8, .1, .6)):
-        write_image(tmp_path / "p" / f"{k:05d}.png", torch.full((3, 64, 64), level))
-    at = torch.tensor([[.35, .4], [.65, .4], [.5, .55], [.4, .7], [.6, .7]])
-    box = torch.tensor([.2, .2, .8, .8])
-
-    def told(picture):
-        return [Detection(box * len(picture), at * len(picture), .99)] if picture.mean() > 50 else []
-
-    def front(image):
-        none = torch.zeros(len(image))
-        return FaceParameters(torch.zeros(len(image), 100), torch.zeros(len(image), 52), Camera.orbit(none, none))
-
-    outcomes = D.prepare_photos(sorted((tmp_path / "p").iterdir()), tmp_path / "FFHQ", told, front, 32, progress=False)
-    assert [o.status for o in outcomes] == ["done", "failed", "done"]
-    photos = D.draw_list(tmp_path / "FFHQ", "FFHQ", 2)
-    drivers = D.folder_trials(hdtf, D.draw_list(hdtf, "HDTF", 3), 32)
-    cross = D.folder_cross(tmp_path / "FFHQ", photos, drivers, 32)
-    assert {t.unit for t in cross} == {"00000", "00002"} and not any(t.same for t in cross)
-    grey = float(cross[0].source().image.mean() / 2 + .5)
-    assert grey == pytest.approx({"00000": .8, "00002": .6}[cross[0].unit], abs=.02)
-    assert next(cross[0].drive()).index == (2, 3, 4)
-    dark = sorted((tmp_path / "p").iterdir())[1:2]
-    with pytest.raises(InputError, match="no face"):
-        D.prepare_photos(dark, tmp_path / "none", told, front, 32, progress=False)
-    assert not (tmp_path / "none").exists()
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------

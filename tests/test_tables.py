@@ -551,10 +551,10 @@ def test_what_is_missing_is_planned_and_nothing_else(tmp_path):
     assert "self-no-hybrid.json" in text
 
 
-def make_tables(*targets, **config):
+def make_tables(target, **config):
     command = [sys.executable, "-m", "snakemake", "-s", "workflow/tables.smk", "--cores", "1", "--nolock",
                "--rerun-incomplete", "--rerun-triggers", "mtime", "--config", "preset=smoke",
-               *(f"{k}={v}" for k, v in config.items()), "--", *map(str, targets)]
+               *(f"{k}={v}" for k, v in config.items()), "--", str(target)]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             start_new_session=True)
 
@@ -568,8 +568,7 @@ def test_killed_deleted_and_called_again(tmp_path):
     "Killed after the first trial it goes on; a deleted result is measured again, alone, and the same."
     where = {name: tmp_path / name for name in ("results", "out", "kept")}
     path = tables.result_path(where["results"], "smoke", "self", "ours")
-    target = where["out"] / "smoke" / "table4.html"
-    first, began = make_tables(path, target, **where), time.monotonic()
+    first, began = make_tables(path, **where), time.monotonic()
     while not (trials := list(where["kept"].glob("self/*/self-*.json"))):
         assert first.poll() is None and time.monotonic() - began < 300, first.communicate()[0]
         time.sleep(.02)
@@ -577,17 +576,16 @@ def test_killed_deleted_and_called_again(tmp_path):
     first.communicate()
     assert len(trials) == 1 and not path.exists()
     stamp = trials[0].stat().st_mtime_ns
-    second = make_tables(path, target, **where)
+    second = make_tables(path, **where)
     said, _ = second.communicate()
-    assert second.returncode == 0 and target.exists(), said[-3000:]
+    assert second.returncode == 0, said[-3000:]
     assert trials[0].stat().st_mtime_ns == stamp and len(list(where["kept"].glob("self/*/self-*.json"))) == 2
     before = numbers(path)
     path.unlink()
-    third = make_tables(path, target, **where | {"kept": tmp_path / "anew"})
+    third = make_tables(path, **where | {"kept": tmp_path / "anew"})
     said, _ = third.communicate()
     assert third.returncode == 0, said[-3000:]
-    jobs = dict(re.findall(r"^(evaluate|table|tables) +(\d+)$", said, re.M))
-    assert jobs == {"evaluate": "1", "table": "1"}, said[:2000]
+    assert re.findall(r"^(evaluate|table|tables) +(\d+)$", said, re.M) == [("evaluate", "1")], said[:2000]
     assert before and numbers(path) == before
 
 

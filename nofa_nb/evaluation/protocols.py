@@ -259,6 +259,8 @@ class NetworkJudge:
 PIXELS = {"psnr": "dB, full frame", "psnr_mask": "dB, foreground, weighted by the true mask", "psnr_eyes": "dB, boxes of the eyes (reading 11)",
           "psnr_mouth": "dB, box of the mouth (reading 11)", "ssim": "Gaussian 11x11 sigma 1.5, RGB, range 1, full frame",
           "ssim_mask": "Gaussian 11x11 sigma 1.5, RGB, range 1, foreground, weighted by the true mask"}
+CONTROLS = ("held",) # kinds of pictures that are not shown to judges
+M_NAME = "M of the synthetic world" # whose expression and pose AED and APD are about; the paper's is Deep3DFaceRecon
 
 def pixel_scores(
     image:Float[Tensor, "b 3 s s"], # in [-1, 1]
@@ -273,9 +275,6 @@ def pixel_scores(
     return found | {"ssim": ssim(*both)} | ({} if truth.mask is None else {"ssim_mask": ssim(*both, truth.mask)})
 
 # %% ../../nbs/evaluation/protocols.ipynb #5b489aba
-CONTROLS = ("held",) # not shown to judges
-M_NAME = "M of the synthetic world" # whose expression and pose AED and APD are about; the paper's is Deep3DFaceRecon
-
 @dataclass(frozen=True, eq=False)
 class Scorer:
     "Who judges."

@@ -108,10 +108,8 @@ def _row_notes(m:Measured, protocol:str)->list[str]:
     if "truth" in labels: notes.append("Methods that are driven by coefficients (NOFA++, NOFA) get the driver's true expression and camera, and the source's true identity; Face-vid2vid and other programs read all of it from pictures")
     if "M" in labels: notes.append("Methods that are driven by coefficients get what M says of the pictures")
     hashes = {run: m.found[protocol, run][0].weights_hash for run in runs}
-    for h in dict.fromkeys(hashes.values()):
-        same = [runs[r] for r, x in hashes.items() if x == h]
-        if len(same) > 1: notes.append(f"{' and '.join(same)} are the same weights")
-    return notes
+    same = [[runs[r] for r, x in hashes.items() if x == h] for h in dict.fromkeys(hashes.values())]
+    return notes + [f"{' and '.join(s)} are the same weights" for s in same if len(s) > 1]
 
 def _floor(m:Measured, c:Column)->str:
     "What pictures of other people score in this column."

@@ -185,6 +185,8 @@ def present_weights(
 
 def _short(text:str)->str: return text if len(text) <= 15 else text[:12] + "..." + "-dirty" * text.endswith("-dirty")
 
+
+# %% ../../nbs/evaluation/tables.ipynb #58cc27b6
 _NOT = ("weights", "apps", "training", "assets/explorer.*", "assets/published.json", "_modidx.py", *(f"evaluation/{n}.py" for n in ("tables", "claims", "report", "figures", "pictures")))
 MEASURING = ("nofa_nb", "nbs/runs/evaluate.ipynb", *(f":!nofa_nb/{n}" for n in _NOT)) # what numbers depend on
 _DO = "restore what was changed, or remove the file and measure again with `make tables`"
