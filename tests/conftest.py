@@ -26,13 +26,18 @@ def rounded(found, told):
     return ((found - told).abs() > 1e-5).float().mean() <= .001
 
 
-def planned(workflow, target, *options, **config):
-    "What Snakemake would do, in its words."
+def snakemake(workflow, target, *options, **config):
+    "A call of Snakemake at `smoke`, as a command."
     if shutil.which("snakemake") is None and not (Path(sys.executable).parent / "snakemake").exists():
         pytest.skip("Snakemake is not installed")
-    command = [sys.executable, "-m", "snakemake", "-s", f"workflow/{workflow}.smk", "--cores", "1", "-n", *options,
-               "--nolock", "--rerun-triggers", "mtime", "--config", "preset=smoke",
-               *(f"{name}={value}" for name, value in config.items()), "--", target]
+    return [sys.executable, "-m", "snakemake", "-s", f"workflow/{workflow}.smk", "--cores", "1", *options, "--nolock",
+            "--rerun-triggers", "mtime", "--config", "preset=smoke",
+            *(f"{name}={value}" for name, value in config.items()), "--", str(target)]
+
+
+def planned(workflow, target, *options, **config):
+    "What Snakemake would do, in its words."
+    command = snakemake(workflow, target, "-n", *options, **config)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout + done.stderr

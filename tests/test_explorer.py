@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import nofa_nb.apps.explorer as X
+from nofa_nb.apps import reenact
 from nofa_nb.apps.explorer import Pace, Painter, Scene, Worker, face_of_seed, film_steps, load_explorer, passes
 from nofa_nb.apps.explorer_serve import Measured
 from nofa_nb.core.errors import InputError, MissingResource
@@ -137,7 +138,7 @@ def test_what_takes_long_is_done_in_steps(painter, face, monkeypatch):
         asked.append(args)
         raise InputError("no face")
 
-    monkeypatch.setattr(X, "preprocess_image", faceless)
+    monkeypatch.setattr(reenact, "preprocess_image", faceless)
     steps = X.face_steps(load_explorer("smoke").studio, torch.zeros(3, 9, 9), "nobody")
     next(steps)
     assert not asked  # the networks are loaded first

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import planned
+from conftest import planned, snakemake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
@@ -552,9 +551,7 @@ def test_what_is_missing_is_planned_and_nothing_else(tmp_path):
 
 
 def make_tables(target, **config):
-    command = [sys.executable, "-m", "snakemake", "-s", "workflow/tables.smk", "--cores", "1", "--nolock",
-               "--rerun-incomplete", "--rerun-triggers", "mtime", "--config", "preset=smoke",
-               *(f"{k}={v}" for k, v in config.items()), "--", str(target)]
+    command = snakemake("tables", target, "--rerun-incomplete", **config)
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             start_new_session=True)
 

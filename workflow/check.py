@@ -28,10 +28,10 @@ try:
         m = measured(number, preset, results)
         verdict(m, results)  # the numbers by unit are there and belong to the results
         found, about = found | m.found, about | m.about
-    told = {key: a["settings"] for key, a in about.items() if "settings" in a}
-    check_provenance(found, preset, told=told)
-    for key, settings in told.items():
-        planned(key, settings)
+    check_provenance(found, preset, about=about)
+    for key, kept in about.items():
+        if "settings" in kept:
+            planned(key, kept["settings"])
     with atomic_path(results / preset / "tables.md") as temporary:
         text = [(drawn / f"table{n}.md").read_text("utf-8") for n in TABLES]
         temporary.write_text("\n".join(text), encoding="utf-8")

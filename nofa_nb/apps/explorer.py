@@ -30,7 +30,6 @@ from ..core.io import VideoWriter
 from ..core.repro import generator as stream
 from ..experts.landmarks import Photo
 from ..geometry.cameras import FOCAL, Camera
-from ..data.preprocess import preprocess_image
 from ..geometry.rays import rays as rays_of
 from ..models.avatar import Avatar, AvatarModel, avatar_of_code, build_avatar_model
 from ..models.generator import Frame, load_generator
@@ -185,14 +184,8 @@ def face_steps(
     name:str="",          # of the face; none: the file's
 )->Iterator[float]:       # whose end is a `Face`
     "A photo's face, or that of an avatar file, step by step."
-    file = Path(photo) if isinstance(photo, (str, Path)) else None
-    if file is not None and file.suffix == ".safetensors": return face_of(studio.portrait(file)._replace(name=name or file.name))
-    detector, face3d = studio.detector, studio.face3d
-    yield 0.
-    ready = preprocess_image(photo, detector, face3d, studio.side, studio.framing)
-    yield 0.
-    with torch.no_grad(): avatar = studio.model.reconstruct(ready.image.to(studio.device), ready.camera, ready.alpha.to(studio.device), ready.beta.to(studio.device))
-    return face_of(Portrait(avatar, name or (file.name if file else "a photo"), ready))
+    portrait = yield from studio.portrait_steps(photo)
+    return face_of(portrait._replace(name=name or portrait.name))
 
 # %% ../../nbs/apps/explorer.ipynb #e3612297
 @lru_cache

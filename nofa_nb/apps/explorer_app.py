@@ -107,6 +107,9 @@ class Page:
 # %% ../../nbs/apps/explorer_app.ipynb #72c94dd1
 _ASSETS = Path(nofa_nb.__file__).parent/"assets"
 
+def _outcome(made:object)->Iterator[float]: # whose end is what is made, be it there already or the end of steps itself
+    return (yield from made) if isinstance(made, Iterator) else made
+
 # %% ../../nbs/apps/explorer_app.ipynb #2bbdb722
 class Explorer(anywidget.AnyWidget):
     "The explorer's page."
@@ -176,8 +179,7 @@ class Explorer(anywidget.AnyWidget):
     def _load(self, page:Page, make:Callable[[], Face|Iterator])->None:
         "Queue the making of a face, in one step or in several."
         def steps():
-            face = make()
-            self._show(page, face if isinstance(face, Face) else (yield from face))
+            self._show(page, (yield from _outcome(make())))
             yield
         self.worker.do(page.key, steps())
 
@@ -269,13 +271,12 @@ class Explorer(anywidget.AnyWidget):
 
     # --- figures
     def _on_figure(self, page:Page, buffers:list, name:str, **options)->None:
-        from nofa_nb.apps.explorer_views import VIEWS, View
+        from nofa_nb.apps.explorer_views import VIEWS
         need(name in VIEWS, "figure", f"one of {', '.join(VIEWS)}", repr(name))
         need(page.face is not None, "figure", "asked for once there is a face", name)
         face, scene, motion = page.face, page.scene, page.motion
         def steps():
-            made = VIEWS[name](self.painter, face, scene, motion, **options)
-            if not isinstance(made, View): made = yield from made
+            made = yield from _outcome(VIEWS[name](self.painter, face, scene, motion, **options))
             self._tell(page.key, [made.figure.to_json().encode()], kind="figure", name=name, caption=made.caption)
             yield
         self.worker.do(page.key, steps())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDE', 'PHOTO_SIDE', 'Shot', 'turned', 'wanted_expression', 'Drive', 'Driving', 'drive_motion', 'drive_world',
-           'drive_video', 'shown', 'panels', 'Stopwatch', 'film_places', 'check_place', 'Portrait', 'Tracks',
+           'drive_video', 'shown', 'panels', 'ended', 'Stopwatch', 'film_places', 'check_place', 'Portrait', 'Tracks',
            'Reenacted', 'film_warnings', 'fog', 'Studio', 'canonical_sheet', 'read_back', 'write_record', 'reenact',
            'real_clip', 'demo_reenact']
 
@@ -173,6 +173,14 @@ def panels(
     return torch.cat([source, middle, result], 2)
 
 # %% ../../nbs/apps/reenact.ipynb #5f6efd1c
+def ended(
+    steps:Iterator, # a generator
+)->object:          # what it returns
+    "Go through all steps."
+    while True:
+        try: next(steps)
+        except StopIteration as end: return end.value
+
 class Stopwatch:
     "Seconds of each stage."
     def __init__(self): self.seconds:dict[str, float] = {}
@@ -338,21 +346,24 @@ class Studio:
         return lambda image: self._face3d(image.to(self.device))
 
     @torch.no_grad()
-    def portrait(self,
+    def portrait_steps(self,
         photo:str|Path|Photo,      # a picture, or an avatar file (.safetensors)
         adapt:bool=False,          # optimise F_e for this face (Eq. 14)
         seconds:float|None=None,   # of the adaptation, at most; None: the preset's
         progress:bool=True,        # show a bar
-    )->Portrait:
-        "An avatar, with its story."
+    )->Iterator[float]:            # whose end is a `Portrait`
+        "An avatar, with its story, step by step."
         watch, is_file = Stopwatch(), isinstance(photo, (str, Path))
         name, sha256 = (Path(photo).name, hash_file(photo)) if is_file else ("a photo", "")
         if is_file and Path(photo).suffix == ".safetensors":
             with watch("read"): made = Portrait(Avatar.load(photo, self.model, self.device), name, sha256=sha256)
         else:
+            with watch("prepare"): detector, face3d = self.detector, self.face3d
+            yield 0.
             with watch("prepare"):
-                ready = preprocess_image(photo, self.detector, self.face3d, self.side, self.framing)
+                ready = preprocess_image(photo, detector, face3d, self.side, self.framing)
                 picture = torch.from_numpy(as_bytes(read_image(photo) if is_file else photo)).permute(2, 0, 1) / 255.
+            yield 0.
             with watch("reconstruct"):
                 avatar = self.model.reconstruct(ready.image.to(self.device), ready.camera, ready.alpha.to(self.device), ready.beta.to(self.device))
             made = Portrait(avatar, name, ready, picture, sha256=sha256)
@@ -360,6 +371,15 @@ class Studio:
             with watch("adapt"): found = self.adapt(made.avatar, seconds, progress)
             made = made._replace(avatar=found.avatar, adapted=found)
         return made._replace(seconds=watch.seconds)
+
+    def portrait(self,
+        photo:str|Path|Photo,      # a picture, or an avatar file (.safetensors)
+        adapt:bool=False,          # optimise F_e for this face (Eq. 14)
+        seconds:float|None=None,   # of the adaptation, at most; None: the preset's
+        progress:bool=True,        # show a bar
+    )->Portrait:
+        "An avatar, with its story."
+        return ended(self.portrait_steps(photo, adapt, seconds, progress))
 
     def avatar(self,
         photo:str|Path|Photo,

@@ -103,13 +103,15 @@ class Statement(NamedTuple):
     most:bool                     # in more than half of the columns; else in all
     but:tuple[str, ...] = ()      # rows that the words leave out
 
+_RECONSTRUCTION = tuple(f"self/{m}" for m in ("FID", "LPIPS", "PSNR", "SSIM", "CSIM"))
+
 STATEMENTS = (
-    Statement(1, "our method achieves the best reconstruction quality in most metrics", tuple(f"self/{m}" for m in ("FID", "LPIPS", "PSNR", "SSIM", "CSIM")), True),
+    Statement(1, "our method achieves the best reconstruction quality in most metrics", _RECONSTRUCTION, True),
     Statement(1, "as well as the best pose accuracy", ("self/APD", "cross/APD"), False),
-    Statement(1, "our method achieves comparable performance to the optimization-based NOFA, and surpasses the other strong baselines", tuple(f"self/{m}" for m in ("FID", "LPIPS", "PSNR", "SSIM", "CSIM")), False, ("NOFA",)),
+    Statement(1, "our method achieves comparable performance to the optimization-based NOFA, and surpasses the other strong baselines", _RECONSTRUCTION, False, ("NOFA",)),
     Statement(2, "our method achieves better reconstruction quality and pose accuracy than the baselines", ("audio/FID", "audio/CSIM", "audio/APD"), False),
-    Statement(3, "the reconstruction quality is significantly improved with refinement training with hybrid data", tuple(f"self/{m}" for m in ("FID", "LPIPS", "PSNR", "SSIM", "CSIM")), False),
-    Statement(4, "the reconstruction quality is significantly improved with the help of the detail network in the refine stage", tuple(f"self/{m}" for m in ("FID", "LPIPS", "PSNR", "SSIM", "CSIM")), False),
+    Statement(3, "the reconstruction quality is significantly improved with refinement training with hybrid data", _RECONSTRUCTION, False),
+    Statement(4, "the reconstruction quality is significantly improved with the help of the detail network in the refine stage", _RECONSTRUCTION, False),
     Statement(5, "the improved quantitative metrics validates the effectiveness of the adopted designs", ("self/AED", "self/CSIM"), False))
 
 _BEST = {1: "Ours", 2: "Ours", 3: "w/", 4: "fine", 5: "full"} # whom the statements are about

@@ -56,13 +56,17 @@ DATASETS = MappingProxyType({
     "VoxCeleb": Dataset("videos", "training with sound", "https://www.robots.ox.ac.uk/~vgg/data/voxceleb/", "terms on its page; the videos are their owners'",
         ("**/id*/*/*.mp4",), r"(id\d+)", 3)})
 
+def _known(dataset:str)->Dataset:
+    need(dataset in DATASETS, "dataset", f"one of {', '.join(DATASETS)}", repr(dataset))
+    return DATASETS[dataset]
+
 def person_of(
     dataset:str,
     name:str,    # of a clip
 )->str:
     "The person in a clip's name; the name, where it tells none."
-    need(dataset in DATASETS, "dataset", f"one of {', '.join(DATASETS)}", repr(dataset))
-    found = re.match(DATASETS[dataset].person, name) if DATASETS[dataset].person else None
+    person = _known(dataset).person
+    found = re.match(person, name) if person else None
     return found[1] if found else name
 
 # %% ../../nbs/evaluation/datasets.ipynb #d95c04e1
@@ -73,8 +77,7 @@ def dataset_files(
     folder:str|Path,   # as the set's section says
 )->dict[str, Path]:    # a file or a folder of frames by the name it gets
     "What a data set's folder holds."
-    need(dataset in DATASETS, "dataset", f"one of {', '.join(DATASETS)}", repr(dataset))
-    about, folder = DATASETS[dataset], Path(folder)
+    about, folder = _known(dataset), Path(folder)
     hidden = lambda p: any(part.startswith(".") for part in p.relative_to(folder).parts)
     fits = lambda p: p.suffix.lower() in SUFFIXES[about.kind] or about.kind == "videos" and p.is_dir()
     paths = [p for p in sorted({p for pattern in about.files for p in folder.glob(pattern)}) if fits(p) and not hidden(p)]
@@ -262,8 +265,7 @@ def draw_list(
     fewer:bool=False,             # take what there is, where there are not so many
 )->FolderList:
     "Draw clips of different people, or photos, from one set or from several in turn."
-    for name in sets: person_of(name, "")
-    need(len({DATASETS[n].kind for n in sets}) == 1, "sets", "at least one, all of videos or all of photos", ", ".join(sets) or "none")
+    need(len({_known(n).kind for n in sets}) == 1, "sets", "at least one, all of videos or all of photos", ", ".join(sets) or "none")
     found = [_drawn(name, Path(root), seed, frames) for name, root in sorted(sets.items())]
     turns = [e for turn in zip_longest(*found) for e in turn if e is not None]
     need(turns and (fewer or len(turns) >= count), "count", f"at most {len(turns)}, the people in {', '.join(str(r) for r in sets.values())}", count)

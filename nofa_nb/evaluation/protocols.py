@@ -474,13 +474,14 @@ class Scores:
         "CSIM of descriptors after their mean over all sources is taken away."
         sources, mine = self.tensors(f"{judge}/source"), self.tensors(f"{judge}/{variant}")
         centre = np.nanmean(np.concatenate(sources), 0)
-        rows = [(r["unit"], v) for r, s, d in zip(self.records, sources, mine) for v in csim(d - centre, s - centre)]
-        return np.array([v for _, v in rows]), [u for u, _ in rows]
+        return self._csim([d - centre for d in mine], [s - centre for s in sources])
 
     def like_truth(self, variant:str, judge:str)->tuple[Float[np.ndarray, "k"], list[str]]: # of each frame; its unit
         "CSIM of results and the true frames, where there are any (self-reenactment)."
-        mine, true = (self.tensors(f"{judge}/{v}") for v in (variant, "truth"))
-        rows = [(r["unit"], v) for r, d, t in zip(self.records, mine, true) if d is not None and t is not None for v in csim(d, t)]
+        return self._csim(*(self.tensors(f"{judge}/{v}") for v in (variant, "truth")))
+
+    def _csim(self, a:Sequence, b:Sequence)->tuple[np.ndarray, list[str]]: # descriptors of each trial, or None
+        rows = [(r["unit"], v) for r, x, y in zip(self.records, a, b) if x is not None and y is not None for v in csim(x, y)]
         return np.array([v for _, v in rows]), [u for u, _ in rows]
 
     def strangers(self, judge:str, seed:int=0)->dict[str, Summary]:
@@ -529,7 +530,8 @@ def protocol_results(
     for k in scorer.judges:
         c, shown = f"csim_centred_{k}", [v for v in scores.variants if v not in CONTROLS]
         for v in shown: found[f"{row}, {v}", c, texts[c]] = _found(lambda: summarise(*scores.centred(v, k), seed))
-        for v in [v for v in shown if v != "truth" and "truth" in shown]: found[f"{row}, {v}", f"csim_truth_{k}", texts[f"csim_truth_{k}"]] = _found(lambda: summarise(*scores.like_truth(v, k), seed))
+        drawn, t = [v for v in shown if v != "truth"], f"csim_truth_{k}"
+        if "truth" in shown: found |= {(f"{row}, {v}", t, texts[t]): _found(lambda: summarise(*scores.like_truth(v, k), seed)) for v in drawn}
         if {"truth", "fine"} <= set(shown):
             found[f"{row}, fine / truth", f"csim_{k}", texts[f"csim_{k}"] + "; ratio of the means"] = _found(lambda: scores.ratio("fine", "truth", f"csim_{k}", seed))
             found[f"{row}, fine / truth", c, texts[c] + "; ratio of the means"] = _found(lambda: ratio(scores.centred("fine", k)[0], *scores.centred("truth", k), seed))

@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 import re
 
+from ..baselines.protocol import METHODS
 from ..core.errors import need
 from ..core.io import atomic_path, read_json
 from ..core.repro import Result, code_version, same_code
@@ -98,12 +99,10 @@ def _note(m:Measured, c:Column)->str:
     learnt = "; also a term of the losses that the methods were trained with" if "VGG-HED" in way[1] else ""
     return f"{name}: {way[1]}; {counts}{_floor(m, c)}{learnt}{apart}"
 
-_OWN = ("nofa", "facevid2vid") # runs of this repository's own versions of others' methods
-
 def _row_notes(m:Measured, protocol:str)->list[str]:
     "What has to be known of the rows."
     runs = {row.run: row.label for row in m.layout.rows if (protocol, row.run) in m.found}
-    own, labels = [label for run, label in runs.items() if run in _OWN], {m.about[protocol, run].get("settings", {}).get("labels") for run in runs} - {None}
+    own, labels = [label for run, label in runs.items() if run in METHODS], {m.about[protocol, run].get("settings", {}).get("labels") for run in runs} - {None}
     notes = [f"{' and '.join(own)}: compact networks of this repository's own, of the same data and steps; the original programs' frames can be scored in their place"] if own else []
     if "truth" in labels: notes.append("Methods that are driven by coefficients (NOFA++, NOFA) get the driver's true expression and camera, and the source's true identity; Face-vid2vid and other programs read all of it from pictures")
     if "M" in labels: notes.append("Methods that are driven by coefficients get what M says of the pictures")

@@ -185,13 +185,12 @@ def present_weights(
 
 def _short(text:str)->str: return text if len(text) <= 15 else text[:12] + "..." + "-dirty" * text.endswith("-dirty")
 
-
 # %% ../../nbs/evaluation/tables.ipynb #58cc27b6
 _NOT = ("weights", "apps", "training", "assets/explorer.*", "assets/published.json", "_modidx.py", *(f"evaluation/{n}.py" for n in ("tables", "claims", "report", "figures", "pictures")))
 MEASURING = ("nofa_nb", "nbs/runs/evaluate.ipynb", *(f":!nofa_nb/{n}" for n in _NOT)) # what numbers depend on
 _DO = "restore what was changed, or remove the file and measure again with `make tables`"
 
-def _most(values:Iterable[str])->str: return max((c := Counter(values)), key=lambda v: c[v]) # the first of equals
+def _most(values:Iterable[str])->str: return Counter(values).most_common(1)[0][0] # the first of equals
 
 def _same_settings(found:Mapping, told:Mapping, preset:str, do:str)->None:
     "All results under a protocol are measured alike?"
@@ -210,10 +209,12 @@ def check_provenance(
     found:Mapping[tuple[str, str], Sequence[Result]], # by protocol and run
     preset:str,
     commit:str="",  # that all must be of; "": one and the same code
-    told:Mapping[tuple[str, str], Mapping]=MappingProxyType({}), # settings of each, where they are kept
+    about:Mapping[tuple[str, str], Mapping]=MappingProxyType({}), # what is kept beside each
     do:str=_DO,
 )->None:
     "Refuse results that belong to something else, and say to what."
+    if not found: return
+    told = {key: a["settings"] for key, a in about.items() if "settings" in a}
     judges = {"M": present_weights(preset, "face3d"), "judge F": present_weights(preset, "identity")} if told else {}
     for (protocol, run), results in found.items():
         where = f"{preset}/{protocol}-{run}.json"
@@ -227,7 +228,7 @@ def check_provenance(
             said = told.get((protocol, run), {}).get(what, "none").rpartition(" ")[2]
             need(now is None or said in ("none", now), f"{what} of {where}", f"{_short(now or '')}, as it is here", _short(said), f"who judges changed since it was measured: {do}")
     _same_settings(found, told, preset, do)
-    commit = commit or _most(r.commit for results in found.values() for r in results) if found else commit
+    commit = commit or _most(r.commit for results in found.values() for r in results)
     for (protocol, run), results in found.items():
         for mine in dict.fromkeys(r.commit for r in results):
             need(same_code(mine, commit, MEASURING), f"commit of {preset}/{protocol}-{run}.json", f"{_short(commit)}, as of the other results", _short(mine), f"the commit changed between them: {do}")
@@ -274,7 +275,7 @@ def measured(
     layout = TABLES[number]
     found = {key: read_results(path) for key, path in wanted(layout, folder, preset).items()}
     about = {key: kept_beside(folder, preset, *key) for key in found}
-    check_provenance(found, preset, commit, {key: a["settings"] for key, a in about.items() if "settings" in a})
+    check_provenance(found, preset, commit, about)
     cells = {}
     for c in layout.columns: cells |= _cells(layout, c, found)
     return Measured(layout, preset, cells, found, about)
