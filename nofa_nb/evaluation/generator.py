@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from scipy.stats import ks_2samp
 from torch import Tensor
 
 from ..core.errors import need, need_shape
@@ -156,6 +155,7 @@ def two_samples(
     b:Float[np.ndarray, "k"],
 )->tuple[float, float]: # largest difference of the two distribution functions; probability of such a one, or a larger, by chance
     "Are these drawn from one distribution? Kolmogorov's and Smirnov's test."
+    from scipy.stats import ks_2samp # here: slow to import, and only populations are compared with it
     found = ks_2samp(a, b)
     return float(found.statistic), float(found.pvalue)
 

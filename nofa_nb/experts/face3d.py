@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck, ResNet
 
 from ..core.config import PRESETS
 from ..core.errors import InputError, MissingResource, need, need_shape
@@ -143,6 +142,7 @@ class Deep3DRegressor(nn.Module):
         width:int=64,                        # of the first bottleneck; ResNet-50
         size:int=224,                        # pixels that it sees
     ):
+        from torchvision.models.resnet import Bottleneck, ResNet # here: slow to import, and the world's own M needs none of it
         super().__init__()
         self.size = size
         self.backbone = ResNet(Bottleneck, list(layers), width_per_group=width)

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -70,6 +69,7 @@ def build_swin(
     pretrained:bool|str|Path=False, # True: weights that timm fetches or has fetched; or a file with them
 )->nn.Module: # timm's SwinTransformer, without a classifier
     "The Swin transformer of a configuration."
+    import timm # here: it takes longer to import than everything else, and many look at a model without building one
     c, loading = config, {}
     if pretrained:
         need(c.weights, "pretrained", "False: no weights exist for these sizes", repr(pretrained), "take EncoderConfig's defaults, those of `paper`")

@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from shutil import rmtree
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np, torch
 from jaxtyping import Float
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
@@ -28,6 +27,8 @@ from ..core.io import write_image
 from ..core.repro import code_version, describe_device, generator, now, rng
 from .checkpoint import (Checkpoint, Log, checkpoints, latest_checkpoint, pack_modules, pack_optimisers,
     parameter_names, plain_config, same_config, save_checkpoint, unpack_modules, unpack_optimisers)
+
+if TYPE_CHECKING: from lightning.fabric import Fabric # two seconds, with all that it imports; only a training waits for it
 
 # %% ../../nbs/training/loop.ipynb #c2f2dde4
 @dataclass(frozen=True)
@@ -154,8 +155,9 @@ def seeded(
 def make_fabric(
     precision:str="32-true",  # or "bf16-mixed"
     accelerator:str="auto",   # "cpu", "cuda", ...
-)->Fabric:                    # launched
+)->"Fabric":                  # launched
     "One device; under torchrun as many as it started processes."
+    from lightning.fabric import Fabric
     local, world = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     fabric = Fabric(accelerator=accelerator, devices=local if world > 1 else 1, num_nodes=max(world // local, 1),
                     strategy="ddp" if world > 1 else "auto", precision=precision)
@@ -165,7 +167,7 @@ def make_fabric(
         torch.backends.cudnn.benchmark = True      # shapes hardly change
     return fabric
 
-def _gather(fabric:Fabric, parameters:Sequence[nn.Parameter], values:Tensor)->Tensor:
+def _gather(fabric:"Fabric", parameters:Sequence[nn.Parameter], values:Tensor)->Tensor:
     "Average gradients (in place) and `values` over all processes; a gradient that none has stays None."
     if fabric.world_size == 1: return values
     has = torch.tensor([float(p.grad is not None) for p in parameters], device=values.device)
@@ -176,7 +178,7 @@ def _gather(fabric:Fabric, parameters:Sequence[nn.Parameter], values:Tensor)->Te
     return values
 
 @torch.no_grad()
-def _follow(fabric:Fabric, tensors:Sequence[Tensor])->None:
+def _follow(fabric:"Fabric", tensors:Sequence[Tensor])->None:
     "Give all processes the tensors of process 0."
     if fabric.world_size == 1 or not tensors: return
     flat = torch.cat([t.detach().contiguous().reshape(-1).view(torch.uint8) for t in tensors])
@@ -199,7 +201,7 @@ def _finite(name:str, terms:Mapping[str, float], summed:set[str], norm:float, pa
     raise Diverged(f"the gradient of {name!r} became too long to be measured")
 
 def update(
-    fabric:Fabric,
+    fabric:"Fabric",
     name:str,                       # of the optimiser
     optimiser:Optimizer,
     parameters:Mapping[str, nn.Parameter], # that it holds, by name
@@ -240,7 +242,7 @@ def _named(what:str, things:object)->dict:
 # %% ../../nbs/training/loop.ipynb #f42d8104
 class _Run:
     "State of a training."
-    def __init__(self, stage:Stage, training:Training, directory:Path, fabric:Fabric):
+    def __init__(self, stage:Stage, training:Training, directory:Path, fabric:"Fabric"):
         self.stage, self.training, self.directory, self.fabric = stage, training, directory, fabric
         need(training.batch % fabric.world_size == 0, "training.batch", f"a multiple of {fabric.world_size} processes", training.batch)
         self.modules = _named("modules", stage.modules())
@@ -425,7 +427,7 @@ def train(
     stage:Stage,                # its modules are trained in place
     training:Training,
     directory:str|Path,         # of the run: log.jsonl, checkpoints, samples
-    fabric:Fabric|None=None,    # launched; None: `make_fabric`
+    fabric:"Fabric|None"=None,  # launched; None: `make_fabric`
     max_seconds:float|None=None, # of this call; None: as long as it takes
     allow:Sequence[str]=(),     # settings that may differ from the checkpoint's, such as "training.steps"
     workers:int=0,              # processes that prepare data

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.signal import lfilter, sosfilt
 
 from ..core.errors import InputError, MissingResource, need
 from ..core.repro import rng
@@ -465,6 +464,7 @@ def _folds(f0:Float[np.ndarray, "n"])->Float[np.ndarray, "n"]:
 
 def _through(sections:Float[np.ndarray, "t k 6"], x:Float[np.ndarray, "n"])->Float[np.ndarray, "n"]:
     "Filter with one set of sections per hop, the state carried over."
+    from scipy.signal import sosfilt # here: faces move without a voice, and SciPy's signals are slow to import
     out, state = np.empty_like(x), np.zeros((sections.shape[1], 2))
     for i in range(0, len(x), HOP):
         out[i:i + HOP], state = sosfilt(sections[i // HOP], x[i:i + HOP], zi=state)
@@ -479,6 +479,7 @@ def synthesize(
     seed:int=0,                   # of the noise
 )->Float[np.ndarray, "n"]:        # float32, peak 0.7, at `VOICE_RATE`
     "The built-in formant voice."
+    from scipy.signal import lfilter
     n = round(phonemes[-1].end * VOICE_RATE)
     track, size = controls(phonemes), 1.15 if female else 1.
     base = 110 * 2 ** ((pitch - 50) / 50) * (1.75 if female else 1)
