@@ -72,7 +72,7 @@ def test_a_caption_says_whose_labels_were_given():
 
 
 def test_a_missing_run_is_named_and_drawn_as_not_run():
-    weights = {"ours": "1" * 64, "no-identity": NOT_RUN, "no-weights": "3" * 64}
+    weights = {"ours": "1" * 64, "full": "2" * 64, "no-identity": NOT_RUN, "no-weights": "3" * 64}
     figure = made(7, weights=weights)
     assert "Not run, as their weights do not exist: no-identity." in G.caption(7, figure)
     plot = G.draw(figure)
@@ -123,7 +123,7 @@ def weights(tmp_path, monkeypatch):
 
 
 def test_other_weights_are_refused_with_a_sentence(weights, tmp_path):
-    fine = {"ours": weights["ours"], "no-identity": NOT_RUN, "no-weights": weights["no-weights"]}
+    fine = {"ours": weights["ours"], "full": NOT_RUN, "no-identity": NOT_RUN, "no-weights": weights["no-weights"]}
     for given, said in ((fine, ""), ({**fine, "ours": "2" * 64}, "weights of ours in fig07 of toy must be"),
                         ({**fine, "no-weights": NOT_RUN}, "it was trained since"),
                         ({k: v for k, v in fine.items() if k != "no-identity"}, "runs of fig07 of toy must be")):
@@ -271,12 +271,12 @@ def test_from_weights_to_a_figure_without_the_ablations(tmp_path, monkeypatch):
     monkeypatch.setenv("NOFA_WEIGHTS", str(place))
     given = dict(preset="smoke", results=str(tmp_path / "results"))
     told = run(tmp_path, monkeypatch, "nbs/runs/figures.ipynb", figures="7", weights="", rows=1, **given)
-    assert "no-identity: not run" in told and "no-weights: not run" in told
+    assert all(f"{name}: not run" in told for name in ("full", "no-identity", "no-weights"))
     figure = G.read_figure(7, "smoke", tmp_path / "results")
     assert figure.about.trained and figure.about.weights["ours"] == G.present_weights("smoke", "ours")
-    assert figure.panels[0].words == (("", "", NOT_RUN, NOT_RUN, ""),) and np.ptp(figure.panels[0].tiles[0, 4]) > 0
+    assert figure.panels[0].words == (("", "", *[NOT_RUN] * 3),) and np.ptp(figure.panels[1].tiles[0, 0]) > 0
     shown = run(tmp_path, monkeypatch, "paper_figures/fig07.ipynb", **given)
-    assert "Not run, as their weights do not exist: no-identity, no-weights." in shown and "Preset smoke" in shown
+    assert "Not run, as their weights do not exist: full, no-identity, no-weights." in shown and "Preset smoke" in shown
     source = cross_trials(figure.size, 75, 1)[0].source()
     most = weights_on_planes(model.eval().deformation, source.alpha, size=figure.size).max()
     assert f"In (b) the largest weight, drawn as 1, is {most:.3f} (1)." in shown

@@ -33,7 +33,7 @@ TEXTS = {"psnr": "dB, full frame", "ssim": "Gaussian 11x11", "perceptual": "VGG-
          "aed": "M's expression; M of the world", "apd": "M's angles; M of the world",
          "csim_dlib": "cosine, dlib ResNet (independent)", "frechet_DCT-104": "DCT-104, 24 pictures"}
 RUNS = {"ours": ("coarse", "fine"), "nofa": ("result",), "facevid2vid": ("result",), "no-hybrid": ("fine",),
-        "no-weights": ("fine",), "no-identity": ("fine",), "hybrid": ("fine",)}
+        "full": ("fine",), "no-weights": ("fine",), "no-identity": ("fine",), "hybrid": ("fine",)}
 PEOPLE = [f"p{i}" for i in range(10)]
 
 
@@ -619,7 +619,7 @@ def test_ablations_and_baselines_start_from_the_campaign(tmp_path):
     for part in PARTS.values():
         assert part == "avatar" or f"{weights}/{part}" in text, part
     trainings = re.findall(r"--cwd (\S+) .*?-p prior (\S+) -p identity (\S+)(?: -p before (\S+))?", text)
-    assert len(trainings) == 6  # two stages of two ablations, and two baselines
+    assert len(trainings) == 4  # two ablations and two baselines
     given = plan.given("hybrid")
     there = {name: (root / "smoke" / "hybrid" / given[name]).resolve() for name in ("prior", "identity")}
     for folder, prior, identity, before in trainings:

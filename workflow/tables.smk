@@ -29,7 +29,7 @@ T_RUNS = {  # table: protocol and run of its rows; held against nofa_nb.evaluati
     2: [],
     3: [("self", "no-hybrid"), ("self", "hybrid")],
     4: [("self", "ours")],
-    5: [("self", "no-weights"), ("self", "no-identity"), ("self", "ours")],
+    5: [("self", "no-weights"), ("self", "no-identity"), ("self", "full")],
 }
 T_PAPERMILL = f"env TQDM_MININTERVAL=10 {sys.executable} -m papermill --kernel python3"
 

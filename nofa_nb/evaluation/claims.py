@@ -162,7 +162,7 @@ def orders(
         if len(set(values)) < 2: continue
         found[c.key] = agreement(values, mine, seed=seed)
         draws.append(kendall(values, resamples(mine, seed=seed).T))
-    if len(found) > 1:
+    if len(found) > 1 and any(math.isfinite(a.tau) for a in found.values()): # rows that are level in every column have no order
         low, high = np.nanquantile(np.nanmean(draws, 0), [.025, .975])
         found["mean"] = Agreement(float(np.nanmean([a.tau for a in found.values()])), (float(low), float(high)), max(a.n for a in found.values()))
     return found

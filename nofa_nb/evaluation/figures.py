@@ -50,7 +50,7 @@ FIGURES = MappingProxyType({
                "three views of each built method; the camera turns around the face, the expression is the driver's.", ("ours", "nofa"), ("cross", "self")),
     6: Subject("Audio-driven avatars", "free views of faces that follow a voice; it finds consistent views and accurate lips.", missing="the audio stage (Sec. 3.4) has not been built or trained"),
     7: Subject("The deformation field", "(a) without the identity condition the driver's identity leaks, without W-Net the expression is wrong; (b) W-Net's normalised weights on four planes along the camera's z axis.",
-               "(a) cross-reenactment by the full model and its ablations; (b) the full model's weights, front to back, over the largest of each person's four planes.", ("ours", "no-identity", "no-weights"), ("cross", "self")),
+               "(a) cross-reenactment by the ablations and by the full model that was trained beside them (Table 5); (b) the weights of the model that ships, front to back, over the largest of each person's four planes.", ("ours", "full", "no-identity", "no-weights"), ("cross", "self")),
     8: Subject("Canonical space, coarse to fine", "canonical renders of the coarse and the fine volume: all with one aligned expression, and the fine ones with more texture and identity.",
                "the canonical volumes of sources with different expressions, seen from the source's camera.", ("ours",), ("cross",)),
     9: Subject("Training with hybrid data", "reenactment without and with the refinement training; it finds quality and identity much improved by it.",

@@ -93,9 +93,9 @@ TABLES = MappingProxyType({t.number: t for t in (
     Layout(3, "Training with hybrid data", _columns("self", *_QUALITY), (Row("w/o", "w/o hybrid data", "no-hybrid", "fine"), Row("w/", "w/ hybrid data", "hybrid", "fine"))),
     Layout(4, "Coarse-to-fine generation", _columns("self", *_QUALITY), (Row("coarse", "coarse", "ours", "coarse"), Row("fine", "fine", *_OURS))),
     Layout(5, "Weighting network and identity condition", _columns("self", "AED", "CSIM"), (
-        Row("w/o weights", "w/o weighting network", "no-weights", "fine"), Row("w/o identity", "w/o identity condition", "no-identity", "fine"), Row("full", "full", *_OURS))))})
+        Row("w/o weights", "w/o weighting network", "no-weights", "fine"), Row("w/o identity", "w/o identity condition", "no-identity", "fine"), Row("full", "full", "full", "fine"))))})
 
-PARTS = MappingProxyType({"ours": "avatar", "no-hybrid": "avatar-no-hybrid", "hybrid": "avatar-hybrid", "no-weights": "avatar-no-weights",
+PARTS = MappingProxyType({"ours": "avatar", "no-hybrid": "avatar-no-hybrid", "hybrid": "avatar-hybrid", "full": "avatar-full", "no-weights": "avatar-no-weights",
                           "no-identity": "avatar-no-identity", "nofa": "nofa", "facevid2vid": "facevid2vid"}) # weights of each run
 
 # %% ../../nbs/evaluation/tables.ipynb #06a23315
