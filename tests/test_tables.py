@@ -126,6 +126,14 @@ def test_lost_tables_say_so_and_reading_15_keeps_both(results):
     assert one != three
 
 
+def test_a_full_model_of_another_training_says_so(results, monkeypatch):
+    said = lambda: [n for b in report.report(5, "toy", results).tables for n in b.notes if n.startswith("full:")]
+    assert said() == []  # no weights at hand to hold it against
+    for there, notes in (("1" * 64, 0), ("2" * 64, 1)):  # its own, then others
+        monkeypatch.setattr(report, "present_weights", lambda preset, run, there=there: there)
+        assert len(said()) == notes
+
+
 def test_the_layout_is_the_papers():
     for n in (1, 2, 3):
         assert {(r.name, c.key) for r in TABLES[n].rows for c in TABLES[n].columns} == set(tables.published(n).values)
