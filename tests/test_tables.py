@@ -126,6 +126,13 @@ def test_lost_tables_say_so_and_reading_15_keeps_both(results):
     assert one != three
 
 
+def test_the_judge_that_no_training_has_looked_at_comes_first():
+    judges = {"csim_F": "F of the world (in the losses, not independent)", "csim_dlib": "dlib ResNet (independent)"}
+    both = [Result("row, fine", 1., (0., 2.), 10, m, f"cosine, source and result, {j}", **about())
+            for m, j in judges.items()]
+    assert [r.metric for r in sorted(both, key=lambda r: tables._order(r, "CSIM"))] == ["csim_dlib", "csim_F"]
+
+
 def test_a_full_model_of_another_training_says_so(results, monkeypatch):
     said = lambda: [n for b in report.report(5, "toy", results).tables for n in b.notes if n.startswith("full:")]
     assert said() == []  # no weights at hand to hold it against
@@ -574,7 +581,7 @@ def test_killed_deleted_and_called_again(tmp_path):
     where = {name: tmp_path / name for name in ("results", "out", "kept")}
     path = tables.result_path(where["results"], "smoke", "self", "ours")
     first, began = make_tables(path, **where), time.monotonic()
-    while not (trials := list(where["kept"].glob("self/*/self-*.json"))):
+    while not (trials := list(where["kept"].glob("ours/self/*/self-*.json"))):
         assert first.poll() is None and time.monotonic() - began < 300, first.communicate()[0]
         time.sleep(.02)
     os.killpg(first.pid, signal.SIGKILL)
@@ -584,7 +591,7 @@ def test_killed_deleted_and_called_again(tmp_path):
     second = make_tables(path, **where)
     said, _ = second.communicate()
     assert second.returncode == 0, said[-3000:]
-    assert trials[0].stat().st_mtime_ns == stamp and len(list(where["kept"].glob("self/*/self-*.json"))) == 2
+    assert trials[0].stat().st_mtime_ns == stamp and len(list(where["kept"].glob("ours/self/*/self-*.json"))) == 2
     before = numbers(path)
     path.unlink()
     third = make_tables(path, **where | {"kept": tmp_path / "anew"})

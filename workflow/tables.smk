@@ -8,8 +8,9 @@
 #   results/<preset>/discussion.json ────────────────────┘                └── check ──  results/<preset>/tables.md
 #
 # A result that is there is not measured again: one that is deleted is, and nothing else. Scores of trials are kept in
-# `kept`, which is no declared output, so a job that was killed goes on from its last trial. Weights are no inputs
-# either (after a checkout their times mean nothing): what belongs to other weights, another manifest or another commit
+# `kept`/<run>, which is no declared output, so a job that was killed goes on from its last trial; runs of the same
+# weights do not share them, as one may draw other kinds of pictures than another. Weights are no inputs either (after
+# a checkout their times mean nothing): what belongs to other weights, another manifest or another commit
 # is refused by workflow/check.py, which runs every time, and by the tables themselves, with a sentence that says which.
 #
 # Slurm (snakemake-executor-plugin-slurm, this folder on a file system that all nodes share):
@@ -66,7 +67,7 @@ rule evaluate:
     resources: mem_mb=4000, runtime=120
     shell:
         "mkdir -p {T_OUT}/{T_PRESET} && env OMP_NUM_THREADS={threads} {T_PAPERMILL} nbs/runs/evaluate.ipynb {params.notebook}"
-        " -p run {wildcards.run} -p protocol {wildcards.protocol} -p preset {T_PRESET} -p results '{T_RESULTS}' -p out '{T_KEPT}' {params.given}"
+        " -p run {wildcards.run} -p protocol {wildcards.protocol} -p preset {T_PRESET} -p results '{T_RESULTS}' -p out '{T_KEPT}/{wildcards.run}' {params.given}"
         " --log-output --no-progress-bar"
 
 

@@ -134,7 +134,7 @@ def heading(
     return f"{name} ({metric.partition('_')[2]})*" if "_" in metric else f"{name}*"
 
 def _order(result:Result, name:str)->tuple: # the better, the smaller; "csim_dlib" before "csim_centred_dlib"
-    return (not papers_own(result.metric, result.variant, name), "independent" not in result.variant, len(result.metric), result.metric)
+    return (not papers_own(result.metric, result.variant, name), "(independent)" not in result.variant, len(result.metric), result.metric)
 
 # %% ../../nbs/evaluation/tables.ipynb #7bb7becc
 def result_path(folder:str|Path, preset:str, protocol:str, run:str)->Path: return Path(folder)/preset/f"{protocol}-{run}.json"
