@@ -151,7 +151,7 @@ def claims_block(
     for j in v.judged:
         d, c = j.difference, j.claim.column
         said = "its numbers" if j.claim.source == "numbers" else f"its words: {j.claim.source}"
-        rows.append((words(j.claim), said, heading(*m.way(c), c.name), j.status, f"{d.value:+.{c.digits}f} {_span(d.interval, c.digits)}", str(d.n)))
+        rows.append((words(j.claim), said, heading(*m.way(c), c.name), j.status, f"{d.value:+.{c.digits + 1}f} {_span(d.interval, c.digits + 1)}", str(d.n)))
     counts = ", ".join(f"{v.count(s)} {s}" for s in ("holds", "does not hold", "undecided"))
     note = f"Judged claims: {counts}; not run, as one of their rows or the column is not: {v.not_run}. Differences: better row - worse row on the same units, signed so that above 0 agrees."
     head = tuple(("", t) for t in ("claim", "said by", "measured as", "outcome", "difference, 95 %", "n"))
