@@ -108,7 +108,7 @@ def _row_notes(m:Measured, protocol:str)->list[str]:
     if "M" in labels: notes.append("Methods that are driven by coefficients get what M says of the pictures")
     hashes = {run: m.found[protocol, run][0].weights_hash for run in runs}
     same = [[runs[r] for r, x in hashes.items() if x == h] for h in dict.fromkeys(hashes.values())]
-    if "full" in runs and present_weights(m.preset, "ours") not in (None, hashes["full"]): notes.append("full: the model that its ablations were trained beside, from one encoder and for as many steps; that of Tables 1 and 4 is of another training")
+    if "full" in runs and present_weights(m.preset, "ours") not in (None, hashes["full"]): notes.append("full: the model that its ablations were trained beside, from one encoder and for as many steps; that of Tables 1 and 4 is of another training. Intervals are over people, not over trainings, of which each row has one: hold what the two full models differ by against the differences here")
     return notes + [f"{' and '.join(s)} are the same weights" for s in same if len(s) > 1]
 
 def _floor(m:Measured, c:Column)->str:
