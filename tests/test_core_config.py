@@ -116,7 +116,7 @@ def test_every_setting_can_be_written_and_read_back(name):
     [
         ("world.vews=8", "did you mean world.views"),
         ("plane_resolution=8", "did you mean generator.plane_resolution"),
-        ("qqqq=1", "the groups are world, camera, generator, deformation, readings"),
+        ("qqqq=1", "names begin with world, camera, generator, deformation, readings"),
         ("world.views", "group.field=value"),
         ("world.views=8.0", "world.views must be a whole number, got '8.0'"),
         ("world.views=", "whole number"),

@@ -357,7 +357,7 @@ class SyntheticStage(AvatarStage):
 class VideoStage(AvatarStage):
     "A stage that learns from videos."
     def __init__(self,
-        stage:object,                  # settings: those of `AvatarStage`, apart, far, window, whole_every, identity_size
+        stage:object,                  # settings: those of `AvatarStage`, apart, far, window, whole_every, identity_size, lattice
         model:AvatarModel,
         data_hash:str,
         videos:VideoSet,
@@ -390,7 +390,8 @@ class VideoStage(AvatarStage):
     )->tuple[Frame, dict[str, Tensor]]: # what is seen; weighted losses
         "Show avatars with the target's expression from the target's side."
         camera = window.look(Camera.from_label(pairs.target_camera))
-        frame = self.model.render(avatar, pairs.target_beta, camera, random=random, raw_resolution=None if window.whole else window.side)
+        side = None if window.whole else window.side
+        frame = self.model.render(avatar, pairs.target_beta, camera, random=random, raw_resolution=side, lattice=self.stage.lattice)
         identity = face_identity(self.identity, pairs.points, self.stage.identity_size) if self.driven_loss.w_id else None
         return frame, seen_frame(frame, pairs, window, part, self.perceptual, identity, self.driven_loss, self.model.preset.readings)
 

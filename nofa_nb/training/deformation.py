@@ -50,12 +50,13 @@ class DeformationStage:
     shape_points:int   = 200       # of each face; ours
     shape_alone:float  = .25       # share of faces that show one coefficient alone, in this term; ours
     w_same:float       = 0.        # of the distance between the codes of source and target, who are one person; ours
+    lattice:int        = 0         # nodes along a side of the baked deformation that is rendered; 0: exact; ours
     identity_size:int  = 112     # pixels of the aligned crops that F sees; ArcFace's. 0: the whole picture, as the world's F
 
     def __post_init__(self):
         for name in ("shape_only", "shape_alone", "far"): need(0 <= getattr(self, name) <= 1, name, "from 0 to 1", getattr(self, name))
         need(self.shape_only == 0 or self.w_shape > 0, "w_shape", "above 0 where shape_only is", self.w_shape)
-        for name in ("window", "whole_every", "w_shape", "w_same", "apart"): need(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        for name in ("window", "whole_every", "w_shape", "w_same", "apart", "lattice"): need(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
 
 STAGES = MappingProxyType({
     "smoke": DeformationStage(steps=20, batch=2, lr=1e-3, warm_up=2, ema_half_life=.01, apart=2, far=.5, w_shape=.1, w_same=1., shape_only=.5, identity_size=0), # seconds

@@ -51,6 +51,7 @@ class HybridStage:
     video:HybridLoss   = field(default_factory=HybridLoss) # Eq. 11 and 12 with 2.0 and 1.0
     apart:int          = 8       # held frames between source and target, at least; ours
     far:float          = 0.      # share of the targets that are drawn by how far their expression is from the source's; ours
+    lattice:int        = 0       # nodes along a side of the baked deformation that is rendered; 0: exact; ours
     through:bool       = True    # on synthetic pairs: gradients through the coarse picture that the residual is taken from
     window:int         = 0       # side of what is rendered, raw pixels; 0: whole pictures; ours
     whole_every:int    = 0       # steps of a kind from one whole picture to the next; 0: never; ours
@@ -58,7 +59,7 @@ class HybridStage:
 
     def __post_init__(self):
         need(self.videos >= 1, "videos", "at least 1 step", self.videos)
-        for name in ("window", "whole_every", "apart"): need(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        for name in ("window", "whole_every", "apart", "lattice"): need(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         need(0 <= self.far <= 1, "far", "from 0 to 1", self.far)
         alone = self.window and not self.video.w_bbox and not self.video.w_rec
         need(not alone, "video", "with w_bbox or w_rec above 0 where there are windows", self.video)
@@ -118,5 +119,5 @@ class Hybrid(VideoStage):
         s, m, r = self.stage, self.model, self.model.preset.readings
         avatar = rebuild(m, pairs.image[:, 0], Camera.from_label(pairs.camera[:, 0]), pairs.alpha, pairs.beta, moment.generator, s.through)
         beta = pairs.beta if r.synthetic_render == "deformed" else None
-        look = lambda camera, side: m.render(avatar, beta, camera, random=moment.generator, raw_resolution=side)
+        look = lambda camera, side: m.render(avatar, beta, camera, random=moment.generator, raw_resolution=side, lattice=s.lattice)
         return pair_losses(look, pairs, window, self.perceptual, s.synthetic, r)
