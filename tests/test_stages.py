@@ -130,6 +130,26 @@ def test_windows_and_whole_pictures_take_turns(pairs, videos):
     assert sides == [16, 8, 16, 16, 8, 8, 16, 8, 16]  # v v s, v v s, v v s: every second of its kind
 
 
+# the baked deformation
+
+@pytest.mark.parametrize("name, step", [("deformation", 0), ("hybrid", 0), ("hybrid", 2)])  # hybrid: a video, a pair
+def test_a_fine_lattice_costs_what_the_exact_deformation_does(name, step, pairs, videos):
+    model, g = build_avatar_model(FLAT), generator(3)
+    with torch.no_grad():
+        for p in model.deformation.parameters():
+            p.add_(.1 * torch.randn(p.shape, generator=g))
+
+    def cost(lattice):
+        stage = stages(name, model, pairs, videos, lattice=lattice)
+        _, losses = next(stage.step(stage.data(range(2 * step, 2 * step + 2), 0), Moment(step, 2 * step, generator(0))))
+        return sum(v for k, v in losses.items() if k.endswith("l2"))
+
+    exact, coarse, fine = cost(0), cost(2), cost(24)
+    assert 0 < (fine - exact).abs() < .02 * exact and (fine - exact).abs() < (coarse - exact).abs()
+    fine.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.deformation.d_net.parameters())
+
+
 # what trains
 
 FIXED = {"reconstruction": {"generator", "detail", "fusion", "deformation"},
