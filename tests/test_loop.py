@@ -65,7 +65,8 @@ def run(stage, training, directory, fabric=None, **options):
 
 def curve(directory):
     "The log without times."
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(Path(directory) / "log.jsonl")]
+    lines = read_log(Path(directory) / "log.jsonl")
+    return [{k: v for k, v in line.items() if k not in ("seconds", "pace")} for line in lines]
 
 
 def tensors(path):

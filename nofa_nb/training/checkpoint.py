@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'pack_modules', 'unpack_modules', 'parameter_names', 'pack_optimisers', 'unpack_optimisers', 'checkpoints',
-           'save_checkpoint', 'Checkpoint', 'read_checkpoint', 'latest_checkpoint', 'read_log', 'Log', 'plain_config',
-           'same_config']
+           'save_checkpoint', 'Checkpoint', 'read_checkpoint', 'latest_checkpoint', 'read_log', 'Log', 'read_curves',
+           'draw_pace', 'plain_config', 'same_config']
 
 # %% ../../nbs/training/checkpoint.ipynb #9fbcdd8d
 import dataclasses, json, math, os, shutil, warnings
@@ -214,6 +214,33 @@ class Log:
             with open(self.path, "ab", buffering=0) as file: written = file.write(data)
         except OSError as e: raise _refusal("write", self.path, e) from e
         if written < len(data): raise InputError(f"cannot write {self.path}: the disk is full; free some space")
+
+# %% ../../nbs/training/checkpoint.ipynb #2b44e109
+def read_curves(
+    path:str|Path,    # .jsonl
+)->tuple[list[dict], list[dict]]: # lines of losses, evaluations; both with the "minutes" of training at which they were written
+    "What a log shows over steps or over time."
+    lines, evaluations, minutes = [], [], 0.
+    for r in read_log(path):
+        minutes = r.get("seconds", 60 * minutes) / 60
+        if r.get("evaluation"): evaluations.append({**r, "minutes": minutes})
+        elif "evaluation" not in r: lines.append({**r, "minutes": minutes})
+    return lines, evaluations
+
+def draw_pace(
+    lines:Sequence[Mapping], # of `read_curves`
+    axes:object,             # of matplotlib
+)->None:
+    "Images a second, and how busy cores and GPU were, over the minutes of training."
+    told = [r for r in lines if "pace" in r]
+    minutes = [r["minutes"] for r in told]
+    axes.plot(minutes, [r["pace"]["images_per_second"] for r in told], "k", lw=1)
+    busy = axes.twinx()
+    for name, label in (("cores", "cores of the CPU"), ("gpu", "share of the GPU"), ("gpu_memory", "GB of the GPU")):
+        points = [(m, r["pace"][name]) for m, r in zip(minutes, told) if name in r["pace"]]
+        if points: busy.plot(*zip(*points), lw=1, label=label)
+    busy.set_ylim(0); axes.set_ylim(0); busy.legend(fontsize=7, frameon=False, loc="lower right")
+    axes.set(xlabel="minutes of training", title="images a second (black), what was busy")
 
 # %% ../../nbs/training/checkpoint.ipynb #8506069d
 def plain_config(

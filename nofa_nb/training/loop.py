@@ -239,6 +239,13 @@ def _named(what:str, things:object)->dict:
          f"stage.{what}()", "a dictionary with plain names", things if not isinstance(things, dict) else list(things))
     return things
 
+def _gpu(device:torch.device)->dict[str, float]:
+    "How busy a GPU is, 0 to 1, and the most gigabytes that tensors have held; of a CPU nothing."
+    if device.type != "cuda": return {}
+    found = {"gpu_memory": round(torch.cuda.max_memory_allocated(device) / 1e9, 2)}
+    try: return {**found, "gpu": torch.cuda.utilization(device) / 100}
+    except Exception: return found # without nvidia-ml-py, or with a driver that keeps silent; no reason to end a training
+
 # %% ../../nbs/training/loop.ipynb #f42d8104
 class _Run:
     "State of a training."
@@ -258,6 +265,7 @@ class _Run:
         self.config = plain_config({"training": training, "stage": stage.config, "data_hash": stage.data_hash})
         self.step, self.seconds, self.window, self.metrics, self.best = 0, 0., {}, {}, None
         self.code, self.began = code_version(), time.monotonic()
+        self.told = self._clocks()
 
     def _parameters(self, name:str, optimiser:Optimizer)->dict[str, nn.Parameter]:
         held = [p for group in optimiser.param_groups for p in group["params"]]
@@ -271,6 +279,14 @@ class _Run:
     def used(self)->dict[str, nn.Module]: return {**self.modules, **self.averages} # what one looks at
 
     def elapsed(self)->float: return self.seconds + time.monotonic() - self.began # over all slices
+
+    def _clocks(self)->tuple[float, float, int]: return time.monotonic(), time.process_time(), self.step
+
+    def pace(self)->dict[str, float]:
+        "Since it was last asked: images a second, cores of the CPU that were busy; and of a GPU, how busy it is, and most gigabytes so far."
+        before, self.told = self.told, self._clocks()
+        wall, cores, steps = (b - a for a, b in zip(before, self.told))
+        return {"images_per_second": round(steps * self.training.batch / max(wall, 1e-9), 3), "cores": round(cores / max(wall, 1e-9), 2), **_gpu(self.fabric.device)}
 
     def pack(self)->tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
         "Record, weights and the rest, as `save_checkpoint` takes them."
@@ -291,7 +307,7 @@ class _Run:
         unpack_modules(found.training, {name: self.modules[name] for name in self.averages})
         unpack_optimisers(found.training, r["numbers"], self.optimisers, self.names)
         self.step, self.seconds, self.window = r["step"], r["seconds"], r["window"]
-        self.metrics, self.best = r["metrics"], r["best"]
+        self.metrics, self.best, self.told = r["metrics"], r["best"], self._clocks()
 
 # %% ../../nbs/training/loop.ipynb #c6f89864
 def _advance(run:_Run, batch:object)->None:
@@ -345,7 +361,7 @@ def _write(run:_Run, log:Log, bar:tqdm, ending:bool)->None:
     t, best = run.training, False
     def due(every:int)->bool: return every > 0 and (run.step % every == 0 or run.step == t.steps)
     if due(t.log_every):
-        run.metrics = {"step": run.step, "images": run.step * t.batch, "seconds": round(run.elapsed(), 3),
+        run.metrics = {"step": run.step, "images": run.step * t.batch, "seconds": round(run.elapsed(), 3), "pace": run.pace(),
                        **{k: total / n if n else None for k, (total, n) in run.window.items()}}
         run.window = {}
         log.write(run.metrics)
