@@ -151,7 +151,9 @@ def avatar_weights(
     card = started_from(whole[0])
     called = lambda name: f"{name}, again" if name in card.get("recipe", {}) else name
     each = lambda what, say: {**card.get(what, {}), **{called(name): say(r) for name, r in stages.items()}}
+    if not isinstance(card.get("device", {}), dict): card = {**card, "device": dict.fromkeys(card.get("time", ()), card["device"])}
     record = dict(data=each("data", _learnt_from), recipe=each("recipe", lambda r: r.stage["settings"]), time=each("time", lambda r: facts(r)["time"]),
+                  device=each("device", lambda r: r.found.record["device"]),
                   measured={**card.get("measured", {}), **{f"{called(r.parameters['stage'])}: {what}": value for r in whole for what, value in numbers(r).items()}},
                   use="avatars of faces from one photo, in this project", limits=f"{LIMITS}; show nobody saying or doing what they have not agreed to")
     asked = {"checkpoint": whole[-1].found.record["hashes"]["weights"]} # of the training that these weights are the outcome of
