@@ -40,7 +40,7 @@ class AdaptationStage:
     def __post_init__(self):
         need(self.steps >= 1 and self.seconds > 0 and self.lr > 0, "steps, seconds, lr", "at least 1, and above 0", (self.steps, self.seconds, self.lr))
 
-STAGES = MappingProxyType({"smoke": AdaptationStage(steps=8), "small": AdaptationStage(steps=90, loss=AdaptationLoss(w_move=3000.)), "base": AdaptationStage(steps=80, lr=.05, loss=AdaptationLoss(w_move=300.)), "paper": AdaptationStage()})
+STAGES = MappingProxyType({"smoke": AdaptationStage(steps=8), "small": AdaptationStage(steps=90, loss=AdaptationLoss(w_move=3000.)), "base": AdaptationStage(steps=80, lr=.05, loss=AdaptationLoss(w_move=100.)), "paper": AdaptationStage()})
 
 # %% ../../nbs/training/adaptation.ipynb #6db4cfaf
 def open_and_closed(
