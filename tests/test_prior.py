@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nofa_nb.apps.cli import execute, run_notebook
 from nofa_nb.core.config import preset
 from nofa_nb.core.errors import InputError
 from nofa_nb.core.repro import generator
+from nofa_nb.core.weights import load_weights
 from nofa_nb.data.rays import RaySet, RayWeights, background_distance, collect, ray_directions
 from nofa_nb.geometry.cameras import Camera
 from nofa_nb.training import prior as P
@@ -285,3 +287,15 @@ def test_refusals(data):
         P.Prior(P.STAGES["small"], preset("small").generator, data)
     with pytest.raises(InputError, match="rays"):
         data.batch(range(2), 0, rays=5000)
+
+
+def test_the_notebook_goes_on_from_weights(tmp_path):
+    notebook, tiny = run_notebook("train_prior"), dict(images=2, views=1, validation=2, steps=1, out=".")
+    execute(notebook, tmp_path / "first", dict(tiny, save="../weights"), progress=False)
+    still = dict(tiny, before="../weights", recipe="warm_lr=0 matrix_lr=0 grow=", seed=1, save="../same")
+    execute(notebook, tmp_path / "then", still, progress=False)
+    (first, card), (then, told) = (load_weights(tmp_path / name) for name in ("weights", "same"))
+    assert {k for k, t in first.items() if not torch.equal(t, then[k])} <= {"backbone.mapping.w_avg"}
+    assert told["recipe"] == {"at first": card["recipe"], "then": {**card["recipe"], "warm_lr": 0.}}
+    with pytest.raises(Exception, match="before must be weights of a generator of small's sizes"):
+        execute(notebook, tmp_path / "other", dict(tiny, preset="small", before="../weights"), progress=False)
