@@ -150,7 +150,7 @@ def avatar_weights(
     model = build_avatar_model(_preset_of({"preset": sizes["name"], "config": sizes}), generator=load_generator(teacher) if known else None, **switches)
     unpack_modules(run.found.weights, parts_of(model))
     card = started_from(whole[0])
-    called = lambda name: f"{name}, again" if name in card.get("recipe", {}) else name
+    def called(name): return called(f"{name}, again") if name in card.get("recipe", {}) else name # a third time keeps the second
     each = lambda what, say: {**card.get(what, {}), **{called(name): say(r) for name, r in stages.items()}}
     if not isinstance(card.get("device", {}), dict): card = {**card, "device": dict.fromkeys(card.get("time", ()), card["device"])}
     record = dict(data=each("data", _learnt_from), recipe=each("recipe", lambda r: r.stage["settings"]), time=each("time", lambda r: facts(r)["time"]),

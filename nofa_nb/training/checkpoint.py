@@ -222,7 +222,7 @@ def read_curves(
     "What a log shows over steps or over time."
     lines, evaluations, minutes = [], [], 0.
     for r in read_log(path):
-        minutes = r.get("seconds", 60 * minutes) / 60
+        if "seconds" in r: minutes = r["seconds"] / 60
         if r.get("evaluation"): evaluations.append({**r, "minutes": minutes})
         elif "evaluation" not in r: lines.append({**r, "minutes": minutes})
     return lines, evaluations

@@ -69,7 +69,7 @@ STAGES = MappingProxyType({
     "small": HybridStage(steps=150, batch=4, precision="bf16-mixed", lr=2e-5, warm_up=20, end=.02, ema_half_life=.2, matrix_lr=.0002, apart=4, far=.5, through=False, window=32, whole_every=12,
         identity_size=0), # five minutes on one core
     "base": HybridStage(steps=200, batch=4, precision="bf16-mixed", lr=2e-5, warm_up=20, end=.02, ema_half_life=.2, matrix_lr=.0002, apart=4, far=.5, through=False, window=48, whole_every=24,
-        lattice=24, identity_size=0), # ten minutes on one core
+        lattice=24, identity_size=0), # 13 minutes on one core
     "paper": HybridStage()})
 
 # %% ../../nbs/training/hybrid.ipynb #db25e048
