@@ -168,19 +168,24 @@ def test_command(folder, tmp_path, capsys, monkeypatch):
     assert main(["sample", "--n", "0"]) == 2 and main(["evaluate", "prior", "--people", "1"]) == 2
 
 
+def run_evaluation(tmp_path, folder, **changes):
+    "The cells of the notebook, on two people."
+    import matplotlib
+    matplotlib.use("Agg")
+    notebook = json.loads((ROOT / "nbs" / "runs" / "evaluate_prior.ipynb").read_text("utf-8"))
+    changes = dict(weights=str(folder), people=2, views=2, samples=2, shown=1, out=str(tmp_path),
+                   results=str(tmp_path / "r.json"), **changes)
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    parameters = cells[0] + "\n" + "\n".join(f"{k} = {v!r}" for k, v in changes.items())
+    exec("\n".join([parameters, *cells[1:]]), {"__name__": "run"})
+    matplotlib.pyplot.close("all")
+
+
 def test_run_notebook_evaluates(folder, tmp_path):
     "Every cell, on two people, in this process; twice: another world is kept, the same is replaced."
     from nofa_nb.core.repro import read_results
-    notebook = json.loads((ROOT / "nbs" / "runs" / "evaluate_prior.ipynb").read_text("utf-8"))
-    import matplotlib
-    matplotlib.use("Agg")
     for world in ("full", "reduced", "full"):
-        changes = dict(weights=str(folder), people=2, views=2, samples=2, shown=1, world=world, out=str(tmp_path),
-                       results=str(tmp_path / "r.json"))
-        cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
-        parameters = cells[0] + "\n" + "\n".join(f"{k} = {v!r}" for k, v in changes.items())
-        exec("\n".join([parameters, *cells[1:]]), {"__name__": "run"})
-        matplotlib.pyplot.close("all")
+        run_evaluation(tmp_path, folder, world=world)
     rows = read_results(tmp_path / "r.json")
     names = [r.name for r in rows]
     assert names == ["prior, reduced world"] * 13 + ["prior, full world"] * 13
@@ -188,6 +193,19 @@ def test_run_notebook_evaluates(folder, tmp_path):
     assert {"psnr", "psnr_mask", "ssim", "depth_l1", "mask_iou", "psnr_eyes_mouth", "landmark_shift",
             "landmark_carried", "frechet_DCT-104_samples", "frechet_DCT-104_world_floor"} <= {r.metric for r in rows}
     assert not any(r.metric.lower().startswith("fid") for r in rows)
+
+
+def test_codes_are_fitted(tmp_path):
+    "Where rays are pixels: the bound of each space beside what the mapping network gives, for the same pictures."
+    from nofa_nb.core.repro import read_results
+    plain = replace(SMOKE, super_resolution="none", raw_resolution=SMOKE.image_resolution)
+    folder = save_generator(tmp_path / "w", build_generator(plain, 3), plain, "smoke", data="random numbers")
+    run_evaluation(tmp_path, folder, fitted=2)
+    found = {r.metric: r for r in read_results(tmp_path / "r.json") if r.variant.endswith("; 2 pictures")}
+    assert set(found) == {f"{m}_{s}" for m in ("psnr", "psnr_mask") for s in ("mapped", "w", "w+")}
+    assert found["psnr_mapped"].value + .5 < found["psnr_w"].value < found["psnr_w+"].value
+    with pytest.raises(InputError, match="fitted must be 0, or at least 2"):
+        run_evaluation(tmp_path, folder, fitted=1)
 
 
 # the wheel

@@ -298,8 +298,9 @@ def evaluate_prior_arguments(parser:argparse.ArgumentParser)->None:
     parser.add_argument("--called", metavar="NAME", default="prior", help="its name in the results; those of other names are kept (default: prior)")
     parser.add_argument("--people", type=whole(2), default=200, metavar="N", help="held-out people, and as many others to sample")
     parser.add_argument("--views", type=whole(1), default=4, metavar="N", help="pictures of each")
+    parser.add_argument("--fitted", type=whole(0), default=32, metavar="N", help="pictures that codes are fitted to, as a bound of what other codes could draw (default: 32)")
     parser.add_argument("--workers", type=whole(0), default=0, metavar="N", help="processes that render portraits")
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the intervals")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the intervals and of the fits")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: out/evaluate/PRESET)")
     parser.add_argument("--results", type=Path, metavar="FILE", help="JSON file (default: results/PRESET/prior.json of the repository)")
 
@@ -309,7 +310,7 @@ def evaluate_prior(args:argparse.Namespace)->None:
     results = (args.results or notebook.parents[2]/"results"/args.preset/"prior.json").resolve()
     weights = args.weights if args.weights in ("", "random") else str(Path(args.weights).resolve())
     parameters = dict(preset=args.preset, world=args.world, weights=weights, called=args.called, people=args.people, views=args.views, samples=args.people,
-                      shown=8, workers=args.workers, seed=args.seed, results=str(results), out=".")
+                      shown=8, fitted=args.fitted, workers=args.workers, seed=args.seed, results=str(results), out=".")
     print(f"done: {results}; open {execute(notebook, out, parameters)} in a browser")
 
 # %% ../../nbs/apps/cli.ipynb #32fe4bbd

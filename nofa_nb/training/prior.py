@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Objective', 'STAGES', 'MASK', 'real_loss', 'fake_loss', 'r1_loss', 'lazy', 'density_loss', 'swap_probability', 'swap',
-           'blur_sigma', 'blur', 'raw_resolution', 'PriorStage', 'trace_known', 'with_mask', 'warm_losses',
-           'limit_loss', 'gradient_loss', 'low_planes', 'Views', 'draw', 'truth_of', 'score', 'Prior', 'Game', 'Pair',
-           'Play', 'comparison', 'orbit']
+           'blur_sigma', 'blur', 'raw_resolution', 'PriorStage', 'trace_known', 'trace_batch', 'with_mask',
+           'warm_losses', 'limit_loss', 'gradient_loss', 'low_planes', 'Views', 'styles_of', 'draw_styles', 'draw',
+           'truth_of', 'score', 'Prior', 'Game', 'Pair', 'Play', 'comparison', 'orbit']
 
 # %% ../../nbs/training/prior.ipynb #07ce88b0
 from collections.abc import Mapping
@@ -239,6 +239,19 @@ def trace_known(
     seen = trace(field, origins, directions, depths, white_back=renderer.white_back)
     return seen._replace(depth=seen.depth.nan_to_num(posinf=renderer.ray_end if renderer.ray_end != "auto" else 0.))
 
+def trace_batch(
+    field:Field,
+    renderer:Renderer,
+    rays:RayBatch,           # of the field's faces
+    random:torch.Generator,
+    near:int=6,              # samples around the known distance
+    spread:float=.03,        # their standard deviation
+)->Rendering:
+    "Render the rays of pictures."
+    camera = Camera.from_label(rays.camera)
+    directions, _ = ray_directions(camera, rays.uv)
+    return trace_known(field, renderer, camera.position[:, None].expand_as(directions), directions, rays.distance, random, near, spread)
+
 # %% ../../nbs/training/prior.ipynb #6e7baa9a
 MASK = 3 # feature of the foreground, in the renderer's range [-1, 1]
 
@@ -310,6 +323,32 @@ class Views(NamedTuple):
     distance:Float[Tensor, "b 1 h w"]
 
 @torch.no_grad()
+def styles_of(
+    model:TriplaneGenerator,
+    code:Float[Tensor, "b 198"],
+    camera:Camera,               # that the mapping network sees
+)->Float[Tensor, "b n w"]:
+    "Style codes of the world's codes."
+    device = next(model.parameters()).device
+    return model.map(latent(code.to(device)), camera.to(device))
+
+@torch.no_grad()
+def draw_styles(
+    model:TriplaneGenerator,
+    ws:Float[Tensor, "b n w"], # style codes
+    camera:Camera,
+    chunk:int=4,               # faces at a time
+)->Views:
+    "Pictures of style codes."
+    device, parts = next(model.parameters()).device, []
+    for i in range(0, len(ws), chunk):
+        view = camera[i:i + chunk].to(device)
+        frame = model.synthesis(ws[i:i + chunk].to(device), view)
+        size = frame.image.shape[-1]
+        mask = frame.features[:, MASK:MASK + 1] if frame.features.shape[1] > MASK else frame.weight * 2 - 1
+        parts.append((frame.image / 2 + .5, resize(mask, size) / 2 + .5, F.interpolate(frame.depth, (size, size))))
+    return Views(*(torch.cat(p).float().cpu().clamp(min=0) for p in zip(*parts)))
+
 def draw(
     model:TriplaneGenerator,
     code:Float[Tensor, "b 198"],
@@ -317,14 +356,7 @@ def draw(
     chunk:int=4,      # faces at a time
 )->Views:
     "Pictures of the world's codes."
-    device, parts = next(model.parameters()).device, []
-    for i in range(0, len(code), chunk):
-        view = camera[i:i + chunk].to(device)
-        frame = model.synthesis(model.map(latent(code[i:i + chunk].to(device)), view), view)
-        size = frame.image.shape[-1]
-        mask = frame.features[:, MASK:MASK + 1] if frame.features.shape[1] > MASK else frame.weight * 2 - 1
-        parts.append((frame.image / 2 + .5, resize(mask, size) / 2 + .5, F.interpolate(frame.depth, (size, size))))
-    return Views(*(torch.cat(p).float().cpu().clamp(min=0) for p in zip(*parts)))
+    return draw_styles(model, styles_of(model, code, camera), camera, chunk)
 
 def truth_of(
     data:RaySet,
@@ -461,9 +493,7 @@ class Prior(Stage):
         ws = g.map(rays.z, camera)
         g.backbone.mapping.track(ws.detach())
         field = g.field(self.planes(ws, part=part))
-        directions, _ = ray_directions(camera, rays.uv)
-        origins = camera.position[:, None].expand_as(directions)
-        seen = trace_known(field, g.renderer, origins, directions, rays.distance, moment.generator, s.near, s.near_spread)
+        seen = trace_batch(field, g.renderer, rays, moment.generator, s.near, s.near_spread)
         losses = warm_losses(seen, rays, s, part)
         if s.w_limit: losses["limit"] = s.w_limit * limit_loss(field, len(ws), moment.generator, s.density_limit, s.limit_points, g.renderer.box_warp)
         error = (seen.features[..., :3] - rays.rgb).detach() / 2
