@@ -18,7 +18,7 @@ from nofa_nb.apps.cli import main
 from nofa_nb.core.config import preset
 from nofa_nb.core.errors import InputError, MissingResource
 from nofa_nb.core.io import VideoReader, read_image
-from nofa_nb.core.repro import generator, hash_tensors
+from nofa_nb.core.repro import generator, hash_tensors, read_results
 from nofa_nb.geometry.cameras import Camera
 from nofa_nb.models.generator import build_generator, load_generator, save_generator
 from nofa_nb.world.bust import sample_person
@@ -183,7 +183,6 @@ def run_evaluation(tmp_path, folder, **changes):
 
 def test_run_notebook_evaluates(folder, tmp_path):
     "Every cell, on two people, in this process; twice: another world is kept, the same is replaced."
-    from nofa_nb.core.repro import read_results
     for world in ("full", "reduced", "full"):
         run_evaluation(tmp_path, folder, world=world)
     rows = read_results(tmp_path / "r.json")
@@ -197,7 +196,6 @@ def test_run_notebook_evaluates(folder, tmp_path):
 
 def test_codes_are_fitted(tmp_path):
     "Where rays are pixels: the bound of each space beside what the mapping network gives, for the same pictures."
-    from nofa_nb.core.repro import read_results
     plain = replace(SMOKE, super_resolution="none", raw_resolution=SMOKE.image_resolution)
     folder = save_generator(tmp_path / "w", build_generator(plain, 3), plain, "smoke", data="random numbers")
     run_evaluation(tmp_path, folder, fitted=2)

@@ -60,7 +60,8 @@ def invert(
 
 def _fit(model:TriplaneGenerator, data:RaySet, stage:InversionStage, random:torch.Generator, bar:tqdm)->Tensor:
     "Codes of a few pictures."
-    start, pictures = styles_of(model, data.code, Camera.from_label(data.camera)), torch.arange(len(data), device=random.device)
+    camera, pictures = Camera.from_label(data.camera), torch.arange(len(data), device=random.device)
+    start = styles_of(model, data.code, camera)
     codes = (start[:, :1] if stage.space == "w" else start).clone().requires_grad_()
     optimiser, unit = torch.optim.Adam([codes]), float(start.std())
     for step in range(stage.steps):
@@ -68,7 +69,7 @@ def _fit(model:TriplaneGenerator, data:RaySet, stage:InversionStage, random:torc
         rays = data.rays_at(pictures, pixels)
         with torch.enable_grad():
             field = model.field(low_planes(model, codes.expand(-1, model.num_ws, -1)))
-            seen = trace_batch(field, model.renderer, rays, random, stage.near, stage.near_spread)
+            seen = trace_batch(field, model.renderer, camera, rays, random, stage.near, stage.near_spread)
             (codes.grad,) = torch.autograd.grad((seen.features[..., :3] - rays.rgb).square().mean((1, 2)).sum(), codes)
         optimiser.param_groups[0]["lr"] = stage.lr * unit * cosine(step, stage.steps, stage.end)
         optimiser.step()

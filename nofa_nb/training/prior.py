@@ -242,13 +242,13 @@ def trace_known(
 def trace_batch(
     field:Field,
     renderer:Renderer,
+    camera:Camera,           # of the rays, read once by whoever calls: reading checks its numbers, for which a GPU has to wait
     rays:RayBatch,           # of the field's faces
     random:torch.Generator,
     near:int=6,              # samples around the known distance
     spread:float=.03,        # their standard deviation
 )->Rendering:
     "Render the rays of pictures."
-    camera = Camera.from_label(rays.camera)
     directions, _ = ray_directions(camera, rays.uv)
     return trace_known(field, renderer, camera.position[:, None].expand_as(directions), directions, rays.distance, random, near, spread)
 
@@ -493,7 +493,7 @@ class Prior(Stage):
         ws = g.map(rays.z, camera)
         g.backbone.mapping.track(ws.detach())
         field = g.field(self.planes(ws, part=part))
-        seen = trace_batch(field, g.renderer, rays, moment.generator, s.near, s.near_spread)
+        seen = trace_batch(field, g.renderer, camera, rays, moment.generator, s.near, s.near_spread)
         losses = warm_losses(seen, rays, s, part)
         if s.w_limit: losses["limit"] = s.w_limit * limit_loss(field, len(ws), moment.generator, s.density_limit, s.limit_points, g.renderer.box_warp)
         error = (seen.features[..., :3] - rays.rgb).detach() / 2
